@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.api import ApiError
 from common.errors import UserError, fault_of_system
 from common.generation import decoding
 from common.generation.completion import Completion, Run, logprobs
 from common.generation.decoding import Batch, Step
 from common.generation.fast_sampling import make_sampler  # the plain version: sampling.make_sampler
 from common.generation.language_model import LanguageModel
-from common.generation.protocol import ApiError
 from common.generation.sampling import Sampler, Settings
 from common.runtime import free_memory_bytes
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any
 
-from common.errors import UserError, shorten
+from common.api import ApiError, Parameter, number, only, texts_of, unsupported
+from common.errors import UserError
 from common.generation import language_model
 from common.generation.completion import Prompt, Run
 from common.generation.constraints import Constraints
@@ -21,54 +21,7 @@ MOST_STOPS, MOST_LOGPROBS, MOST_PROMPTS = 16, 20, 64
 MOST_CHOICES, MOST_PATTERN, MOST_SCHEMA = 256, 2000, 20_000  # texts, characters, characters
 
 
-class ApiError(Exception):
-    """A request that is refused, as OpenAI's clients read it."""
-
-    def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
-
-    def content(self) -> dict[str, Any]:
-        """Return the error as JSON takes it."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        about = {"param": self.param, "code": self.code}
-        return {"error": {"message": str(self), "type": kind, **about}}
-
-
 # What may be asked for ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter of a request: what it may be."""
-
-    accepts: Callable[[Any], bool]
-    wanted: str
-
-
-def number(accepts: Callable[[Any], bool], wanted: str, *, whole: bool = False) -> Parameter:
-    """Return a parameter that is a number; true and false are none."""
-    kinds = (int,) if whole else (int, float)
-    return Parameter(lambda value: type(value) in kinds and accepts(value), wanted)
-
-
-def only(*values: Any) -> Parameter:
-    """Return a parameter of OpenAI's protocol that is taken only where it changes nothing."""
-    wanted = f"only {' or '.join(map(json.dumps, values))}, since nothing else is done here"
-
-    def accepts(value: Any) -> bool:
-        return any(value == one and type(value) is type(one) for one in values)
-
-    return Parameter(accepts, wanted)
-
-
-def texts_of(value: Any, most: int) -> list[str] | None:
-    """Return a text or a list of up to `most` texts as a list, None for anything else."""
-    texts = [value] if isinstance(value, str) else value
-    is_list = isinstance(texts, list) and 1 <= len(texts) <= most
-    return texts if is_list and all(isinstance(text, str) and text for text in texts) else None
 
 
 def is_bias(value: Any) -> bool:
@@ -180,40 +133,13 @@ CONSTRAINTS = ("structured_outputs", "response_format")  # what says which const
 DRAWING = ("temperature", "top_k", "top_p", "min_p")  # any of them given: not greedy
 
 
-def check_parameters(body: Any, known: dict[str, Parameter], *needed: str) -> dict[str, Any]:
-    """Return the parameters that a request gives; one that is null is not given. Raises ApiError
-    for one that is unknown, for a value that can't be taken, and where one of `needed` is missing.
-    """
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body is not an object of JSON")
-    given = {name: value for name, value in body.items() if value is not None}
-    for name, value in given.items():
-        if name not in known:
-            raise unsupported(name)
-        if not known[name].accepts(value):
-            shown, wanted = shorten(json.dumps(value), 60), known[name].wanted
-            problem = f"{name}: {shown} can't be used; give {wanted}"
-            raise ApiError(400, problem, param=name, code="invalid_value")
-    for name in needed:
-        if name not in given:
-            raise ApiError(400, f"{name} is missing; give it", param=name, code="missing_parameter")
-    return given
-
-
-def unsupported(name: str) -> ApiError:
-    """Return that a parameter is not known here."""
-    shown = shorten(name, 80)
-    problem = f"{shown}: unknown or unsupported here, and nothing is ignored; leave it out"
-    return ApiError(400, problem, param=shown, code="unsupported_parameter")
-
-
 def plain_messages(messages: list[Any]) -> list[Message]:
     """Return the messages of a request as templates take them: the parts of a text joined, and a
     developer's message as that of the system. Raises ApiError for one that holds more than a text.
     """
     plain = []
-    for number, message in enumerate(messages):
-        place = f"messages[{number}]"
+    for position, message in enumerate(messages):
+        place = f"messages[{position}]"
         if not isinstance(message, dict):
             raise ApiError(400, f"{place}: not an object with role and content", param=place)
         given = {name: value for name, value in message.items() if value not in (None, [])}

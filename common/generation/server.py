@@ -32,6 +32,7 @@ import jinja2.sandbox  # noqa: F401
 from aiohttp import web
 
 from common import local_server
+from common.api import BODY_BYTES, ApiError, check_parameters, json_of, texts_of
 from common.errors import UserError, fault_of_system, shorten
 from common.generation import language_model
 from common.generation.completion import REPLACEMENT, Completion, Prompt, Run, TextStream
@@ -42,18 +43,14 @@ from common.generation.protocol import (
     COMPLETION,
     MOST_PROMPTS,
     SHAPES,
-    ApiError,
     Shape,
-    check_parameters,
     choose_settings,
     fit,
     plain_messages,
-    texts_of,
 )
 from common.generation.sampling import Settings
 
 KEY_VARIABLE = "GENERATE_API_KEY"
-BODY_BYTES = 4 << 20  # of a request; a context of 100,000 tokens has about a tenth of it
 
 USAGE = web.RequestKey("usage", dict)  # the tokens of a request, for its line
 Send = Callable[[dict[str, Any]], Awaitable[None]]  # an event of a stream
@@ -290,12 +287,7 @@ class Server:
 
     async def read(self, request: web.Request) -> Asked:
         """Return a request with its jobs. Raises ApiError for one that can't be answered."""
-        if request.content_type != "application/json":  # what another site can't send unasked
-            raise ApiError(415, "the Content-Type is not application/json")
-        try:
-            body = json.loads(await request.read(), parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, "the body is not JSON in UTF-8") from error
+        body = await json_of(request)
         shape = SHAPES[request.path]
         known, content = (CHAT, "messages") if shape.is_chat else (COMPLETION, "prompt")
         given = check_parameters(body, known, "model", content)
@@ -378,10 +370,6 @@ class Server:
             if send is not None:
                 for chunk in asked.chunks(asked.jobs[number], event):
                     await send(chunk)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
 
 
 def key_from_environment() -> str | None:

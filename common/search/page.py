@@ -1,5 +1,5 @@
 """A page over an index for a browser on this machine: search, conditions, similar texts, a map of
-clusters; the same answers as JSON.
+clusters; the same answers as JSON; embeddings for other programs.
 
 It is reached at the loopback only, and by its own name only. A browser may load and run nothing but
 the three files beside this one. One thread computes, for one request after the other; another one
@@ -29,9 +29,10 @@ import numpy as np
 from aiohttp import web
 
 from common import cli, local_server, sources
+from common.api import BODY_BYTES, ApiError, json_of
 from common.errors import Interrupted, UserError, fault_of_system, shorten
 from common.reading import evenly_spaced
-from common.search import mining
+from common.search import embeddings, mining
 from common.search.display import hit_documents
 from common.search.index import known_rows
 from common.search.manifest import Limits
@@ -59,6 +60,7 @@ HEADERS = {
 MOST, FARTHEST, USUAL = 100, 1_000, 10
 LONGEST = 4_000  # characters of a parameter
 LINE_BYTES = 1 << 17  # of a request's first line: two parameters, each character escaped
+API = "/v1/"  # begins the addresses of OpenAI's protocol
 MOST_WAITING = 16  # requests that wait for the one that is computed
 MARKED = 100_000  # characters of a text in which words are marked
 CLUSTERS, NUM_WORDS = 8, 4  # on the map, and the words of each
@@ -164,6 +166,11 @@ class ServedIndex:
         """The name of its folder."""
         return self.snapshot.folder.resolve().name
 
+    @property
+    def model(self) -> str:
+        """The name of its model, without the folders of this machine."""
+        return Path(self.snapshot.settings["model"]).name
+
     def about(self, asked: Asked) -> dict[str, Any]:
         """Return what the index is."""
         return {
@@ -171,7 +178,7 @@ class ServedIndex:
             "rows": int(self.shown.sum()),
             "unit": Selection(self.snapshot, np.flatnonzero(self.shown)).unit,
             "columns": {ID: "string", TEXT: "string", **self.snapshot.manifest["columns"]},
-            "model": Path(self.snapshot.settings["model"]).name,
+            "model": self.model,
             "language": self.ranker.words.language,
         }
 
@@ -195,6 +202,13 @@ class ServedIndex:
             document["marks"] = ranker.words.places(document["text"][:MARKED], wanted)
         lines = [" ".join(note.split()) for note in notes]
         return {"query": asked.query, "hits": documents, "notes": lines}
+
+    def embed(self, texts: list[str], role: str) -> tuple[np.ndarray, int]:
+        """Return the embeddings (texts, dimensions) at norm 1, and how many tokens the model read."""
+        encoder = self.searcher.encoder
+        assert encoder is not None
+        tokens, _ = encoder.tokenize([encoder.prompt(role) + text for text in texts])
+        return encoder.encode_normalized(texts, role=role), sum(map(len, tokens["input_ids"]))
 
     def like(self, asked: Asked) -> dict[str, Any]:
         """Return the texts that are similar to one of the index, as `like --json` does."""
@@ -316,13 +330,15 @@ class Server:
 
     def app(self) -> web.Application:
         """Return what answers requests."""
-        app = web.Application(middlewares=[self.answer_errors])
+        app = web.Application(middlewares=[self.answer_errors], client_max_size=BODY_BYTES)
         app.router.add_get("/favicon.ico", self.no_icon)  # which browsers ask for unasked
         for path in FILES:
             app.router.add_get(path, self.file)
         for path in ANSWERS:
             app.router.add_get(path, self.answer)
         app.router.add_get("/map", self.map)
+        app.router.add_get(f"{API}models", self.models)
+        app.router.add_post(f"{API}embeddings", self.embeddings)
         return app
 
     @web.middleware
@@ -337,18 +353,20 @@ class Server:
             try:
                 check_sender(request)
                 response = await handler(request)
+            except ApiError as error:
+                response = web.json_response(error.content(), status=error.status)
             except Refused as error:
-                response = problem(error.status, str(error))
+                response = problem(request, error.status, str(error))
             except UserError as error:
-                response = problem(400, str(error))
+                response = problem(request, 400, str(error))
             except web.HTTPException as error:
                 named = f"{error.reason}: {request.method} {shorten(request.path, 60)}"
-                response = problem(error.status, named)
+                response = problem(request, error.status, named)
             except Exception as error:  # a bug or a lack ends this request, not the server
                 reason = fault_of_system(error)
                 if reason is None:
                     traceback.print_exc()
-                response = problem(500, reason or "a fault of the server; see what it wrote")
+                response = problem(request, 500, reason or "a fault of the server; see what it wrote")
             response.headers.update(HEADERS)
             status = response.status
             return response
@@ -370,6 +388,26 @@ class Server:
         text = await self.drawer.run(lambda: cli.json_line(self.index.map(asked)))
         return web.json_response(text=text)
 
+    async def models(self, request: web.Request) -> web.Response:
+        """List the one model, as OpenAI's clients ask for it."""
+        model = {"id": self.index.model, "object": "model", "created": 0, "owned_by": "local"}
+        return web.json_response({"object": "list", "data": [model]})
+
+    async def embeddings(self, request: web.Request) -> web.Response:
+        """Answer with embeddings, as OpenAI's clients ask for them; a few texts at a time, so that
+        searches have their turn.
+        """
+        model, width = self.index.model, self.index.snapshot.width
+        asked = embeddings.read(await json_of(request), model=model, width=width)
+        parts, num_tokens = [], 0
+        for start in range(0, len(asked.texts), embeddings.AT_ONCE):
+            texts = asked.texts[start : start + embeddings.AT_ONCE]
+            vectors, count = await self.worker.run(functools.partial(self.index.embed, texts, asked.role))
+            parts.append(vectors)
+            num_tokens += count
+        content = embeddings.answer(asked, np.concatenate(parts), model=model, num_tokens=num_tokens)
+        return web.json_response(content)
+
     async def file(self, request: web.Request) -> web.Response:
         """Send a file of the page."""
         return web.Response(text=self.files[request.path], content_type=FILES[request.path][1])
@@ -386,13 +424,15 @@ def check_sender(request: web.Request) -> None:
     if not local_server.is_own_name(request.headers.get("Host", "")):
         raise Refused(403, local_server.WRONG_HOST)
     asker = request.headers.get("Sec-Fetch-Site", "none")  # a browser's word
-    if request.path in PARAMETERS and asker not in ("none", "same-origin"):
+    is_question = request.path in PARAMETERS or request.path.startswith(API)
+    if is_question and asker not in ("none", "same-origin"):
         raise Refused(403, "this server answers its own page only, and programs on this machine")
 
 
-def problem(status: int, message: str) -> web.Response:
+def problem(request: web.Request, status: int, message: str) -> web.Response:
     """Return what says in one line why there is no answer."""
-    content = {"error": " ".join(message.splitlines())}
+    line = " ".join(message.splitlines())
+    content = ApiError(status, line).content() if request.path.startswith(API) else {"error": line}
     return web.json_response(text=cli.json_line(content), status=status)
 
 

@@ -20,6 +20,7 @@ from urllib.request import Request, urlopen
 
 import aiohttp
 import numpy as np
+import openai
 import pytest
 import torch
 
@@ -30,7 +31,7 @@ from common.search.manifest import DEFAULT_LIMITS
 from common.search.page import MOST_WAITING, Refused, Worker
 from common.search.ranker import Ranker
 from common.search.searcher import Searcher
-from common.search.segments import ID
+from common.search.segments import ID, TEXT
 from common.search.selection import select
 from conftest import ROOT, make_sentences
 
@@ -222,6 +223,93 @@ def test_nobody_else_is_answered(serving):
         assert status == 405 and content["error"] and "Access-Control-Allow-Origin" not in head
     twice = serving.get("/search?query=film&query=story")
     assert twice[0] == 400 and "query: it is named twice" in twice[2]["error"]
+
+
+# Embeddings for other programs --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def client(serving) -> openai.OpenAI:
+    """The official client."""
+    return openai.OpenAI(base_url=f"{serving.address}/v1", api_key="none", max_retries=0)
+
+
+def test_embeddings_are_those_of_the_index_and_of_a_search(client, serving, index):
+    """More texts than are encoded at once, in their order, in both formats."""
+    snapshot = open_snapshot(index)
+    rows = snapshot.take(range(COUNT), [ID, TEXT])
+    [model] = [model.id for model in client.models.list()]
+    asked = {"model": model, "input": [row[TEXT] for row in rows]}
+    as_numbers = client.embeddings.create(**asked, encoding_format="float")
+    found = np.array([one.embedding for one in as_numbers.data], np.float32)
+    assert np.allclose(found, snapshot.vectors_of(np.arange(COUNT)), atol=1e-5)
+    assert [one.index for one in as_numbers.data] == list(range(COUNT)) and as_numbers.model == model
+    assert as_numbers.usage.prompt_tokens == as_numbers.usage.total_tokens > COUNT
+    packed = client.embeddings.create(**asked)  # the client asks for base64 and unpacks it
+    assert np.array_equal(np.array([one.embedding for one in packed.data], np.float32), found)
+    [query] = client.embeddings.create(
+        model=model, input="it was good", extra_body={"input_type": "query"}
+    ).data
+    _, _, searched = serving.get("/search", query="it was good", where="id = 's3'")
+    assert np.isclose(np.dot(query.embedding, found[3]), searched["hits"][0]["score"], atol=1e-5)
+
+
+def test_fewer_dimensions_are_the_first_ones_at_norm_1(client):
+    asked = {"model": "tiny-embedder", "input": "a good film"}
+    [whole], [part] = (client.embeddings.create(**asked, **more).data for more in ({}, {"dimensions": 8}))
+    first = np.array(whole.embedding[:8])
+    assert np.allclose(part.embedding, first / np.linalg.norm(first), atol=1e-6)
+
+
+NO_EMBEDDINGS = {  # name: (what differs from a good request, status, the parameter, what the message has)
+    "another model": ({"model": "ada"}, 404, "model", "'tiny-embedder' is served"),
+    "no texts": ({"input": []}, 400, "input", "up to 2,048 texts"),
+    "too many texts": ({"input": ["x"] * 2049}, 400, "input", "up to 2,048 texts"),
+    "tokens": ({"input": [[1, 2]]}, 400, "input", "up to 2,048 texts"),
+    "a blank text": ({"input": ["x", " "]}, 400, "input", r"input\[1\]: the text is empty"),
+    "half a character": ({"input": "\udc80"}, 400, "input", r"input\[0\]: not UTF-8"),
+    "more dimensions": ({"dimensions": 4096}, 400, "dimensions", "ask for fewer"),
+    "no dimensions": ({"dimensions": 0}, 400, "dimensions", "above 0"),
+    "a format": ({"encoding_format": "int8"}, 400, "encoding_format", "float or base64"),
+    "an unknown parameter": ({"truncate": True}, 400, "truncate", "nothing is ignored"),
+}
+
+
+@pytest.mark.parametrize("more, status, name, words", NO_EMBEDDINGS.values(), ids=NO_EMBEDDINGS)
+def test_embeddings_that_are_refused(more, status, name, words, serving):
+    body = json.dumps({"model": "tiny-embedder", "input": "x", **more}).encode()
+    found, content = post(serving, body)
+    error = content["error"]
+    assert (found, error["param"], error["type"]) == (status, name, "invalid_request_error")
+    assert re.search(words, error["message"])
+
+
+def post(serving: Serving, body: bytes, **headers: str) -> tuple[int, dict]:
+    """Ask for embeddings; return the status and the answer."""
+    head = {
+        "Content-Type": "application/json",
+        **{name.replace("_", "-"): value for name, value in headers.items()},
+    }
+    request = Request(f"{serving.address}/v1/embeddings", data=body, headers=head)
+    try:
+        with urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_embeddings_have_bounds_and_no_other_site_gets_any(serving):
+    body = b'{"model": "tiny-embedder", "input": "x"}'
+    assert post(serving, body)[0] == 200
+    for status, more in {
+        403: {"Sec_Fetch_Site": "cross-site"},
+        415: {"Content_Type": "text/plain"},  # what a page may send without asking first
+    }.items():
+        found, content = post(serving, body, **more)
+        assert found == status and content["error"]["message"]
+    assert post(serving, body, Host="evil.example")[0] == 403
+    assert post(serving, b"{" + b" " * (4 << 20) + b"}")[0] == 413
+    assert post(serving, b"[NaN]")[1]["error"]["message"] == "the body is not JSON in UTF-8"
 
 
 class Elements(HTMLParser):
