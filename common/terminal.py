@@ -113,7 +113,8 @@ def table(
     """Return a table; `options` are those of tabulate. On a terminal it fits the width: columns with
     the numbers `texts` are cut and those with the numbers `folded` break into lines, down to
     LEAST_TEXT, and headers break at their spaces. What still finds no room stands below, each part
-    with the first `keys` columns. Numbers and ids are never cut.
+    with the first `keys` columns, of which a long name, such as a path, breaks into lines. Numbers
+    and ids are never cut.
     """
     from tabulate import tabulate
 
@@ -129,12 +130,17 @@ def table(
         least[one] = min(natural[one], LEAST_TEXT)
     for one in folded:
         least[one] = max(least[one], _longest_word(str(row[one]) for row in rows))
+    most = max(columns // 3, LEAST_TEXT)
+    names = [one for one in range(keys) if one not in (*texts, *folded) and natural[one] > most]
+    for one in names:
+        least[one] = most
+    fitting = {**dict.fromkeys(texts, cut), **dict.fromkeys(folded, _wrapped), **dict.fromkeys(names, _split)}
     parts = []
     for part in _parts(least, keys, columns):
         widths = {one: natural[one] for one in part}
-        for group in (folded, texts):  # what is folded loses nothing
+        for group in (folded, texts, names):  # what is folded loses nothing
             _narrow(widths, [one for one in part if one in group], least, columns)
-        fits = {one: _wrapped if one in folded else cut for one in part if widths[one] < natural[one]}
+        fits = {one: fitting[one] for one in part if widths[one] < natural[one]}
         shown = [[_fitted(row[one], widths[one], fits.get(one)) for one in part] for row in rows]
         own = [headers[one] for one in part]
         parts.append(tabulate(shown, own, tablefmt=style, **_options_of(part, options)))
@@ -160,6 +166,13 @@ def _widths(rows: list[list], headers: Sequence[str], options: dict[str, Any]) -
     lines = tabulate(rows, headers, tablefmt="simple", **options).split("\n")
     rule = next(line for line in lines if re.fullmatch("[- ]*-", line))
     return [len(dashes) for dashes in rule.split()]
+
+
+def _split(name: str, columns: int) -> str:
+    """Return a name as lines, between any two characters if need be."""
+    import wcwidth
+
+    return "\n".join(wcwidth.wrap(name, columns, break_on_hyphens=False))
 
 
 def _longest_word(cells: Iterable[str]) -> int:

@@ -103,6 +103,17 @@ def test_what_has_no_room_stands_below_with_the_keys(at_width):
     assert found == [[round(row / 9 + column, 4) for column in range(9)] for row in range(3)]
 
 
+def test_a_long_name_leaves_room_for_its_numbers(at_width):
+    """Whole: its lines joined are the name."""
+    at_width(80)
+    names = ["/opt/models/" + "some-very-long-folder/" * 3 + end for end in ("a", "b")]
+    rows = [[name, *(number + 0.5 for number in range(4))] for name in names]
+    shown = terminal.table(rows, ["model", *(f"score {number}" for number in range(4))], floatfmt=".4f")
+    assert longest(shown) <= 80 and "\n\n" not in shown, "one part is enough"
+    lines = [line.split(" ")[0] for line in shown.split("\n---")[1].split("\n")[1:]]
+    assert "".join(lines) == "".join(names) and all(f"{number}.5000" in shown for number in range(4))
+
+
 def test_a_table_of_markdown_is_for_a_file(at_width):
     at_width(40)
     rows, headers = [["word " * 30, 1]], ["text", "number"]
