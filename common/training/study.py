@@ -470,8 +470,9 @@ def headline_scores(results: Sequence[Mapping[str, Any]]) -> list[str]:
         wanted = [f"test_{name}" for name in (*names, "loss")]
         if all(name in values for name in wanted for values in results):
             return wanted
-    numbers = [name for name, value in results[0].items() if isinstance(value, int | float)]
-    return [name for name in numbers if name.startswith("test_")]
+    # each is a number, or its spread over the seeds; a dictionary is no score, such as the intervals
+    scores = [name for name, value in results[0].items() if not isinstance(value, dict)]
+    return [name for name in scores if name.startswith("test_")]
 
 
 def _in_words(spread: Spread) -> str:
