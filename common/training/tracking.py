@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import enum
 import importlib.metadata
 import json
 import os
@@ -181,23 +180,14 @@ class NullLog:
     def __init__(self, folder: Path) -> None:
         self.folder, self.settings = folder, {}
 
-    def numbers(self, step: int, values: dict[str, float]) -> None:
-        pass
-
     def position(self) -> int:
+        """Return the length of a file that is not written."""
         return 0
 
-    def figure(self, step: int, tag: str, draw: Callable[[str], Figure]) -> None:
-        pass
+    def nothing(self, *_args: object, **_named: object) -> None:
+        """Write nothing."""
 
-    def text(self, step: int, tag: str, markdown: str) -> None:
-        pass
-
-    def finish(self, results: dict[str, Any], *, curves: list[str]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    numbers = figure = text = finish = close = nothing
 
 
 Log = RunLog | NullLog
@@ -305,14 +295,6 @@ class Forecast:
 # The loss -----------------------------------------------------------------------------------------
 
 
-class Problem(enum.IntEnum):
-    """What is not finite; of the problems of several processes the highest is reported."""
-
-    NONE = 0
-    GRADIENT = 1
-    LOSS = 2
-
-
 class LossMeter:
     """The training loss and the speed of one epoch.
 
@@ -331,23 +313,23 @@ class LossMeter:
 
     def reset(self) -> None:
         """Forget everything."""
-        # summed loss and row numbers of each micro-batch since the last read
-        self.unread: list[tuple[torch.Tensor, torch.Tensor]] = []
-        # norm of the gradient and number of each step since then
+        # since the last read: of each micro-batch its summed loss and the row numbers of its texts,
+        # of each step the norm of its gradient and its number
+        self.losses: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.norms: list[tuple[torch.Tensor, int]] = []
-        # over the epoch, up to the last read and since then; `weight` sums up the divisors
-        self.sums = dict.fromkeys(("loss", "weight", "examples", "seconds"), 0.0)
-        self.unread_sums = dict.fromkeys(("weight", "examples", "seconds"), 0.0)
+        # sums since the last read, and of the epoch up to it; `weight` is that of the divisors
+        self.recent = dict.fromkeys(("weight", "examples", "seconds"), 0.0)
+        self.total = dict.fromkeys(("loss", *self.recent), 0.0)
         self.started = time.perf_counter()
 
     def add(self, summed_loss: torch.Tensor, rows: torch.Tensor) -> None:
         """Take the summed loss of a micro-batch and the row numbers of its texts."""
-        self.unread.append((summed_loss.detach(), rows))
+        self.losses.append((summed_loss.detach(), rows))
 
     def end_step(self, step: int, *, examples: int, divisor: float, grad_norm: torch.Tensor) -> None:
         """Take a step's number of examples, the divisor of its loss, and its gradient's norm."""
-        self.unread_sums["examples"] += examples
-        self.unread_sums["weight"] += divisor
+        self.recent["examples"] += examples
+        self.recent["weight"] += divisor
         self.norms.append((grad_norm, step))
 
     def read(self) -> dict[str, float]:
@@ -356,24 +338,24 @@ class LossMeter:
         Raises UserError on every process when a loss or a gradient is not finite.
         """
         self.check()
-        losses = torch.stack([loss for loss, _ in self.unread]).cpu()
+        losses = torch.stack([loss for loss, _ in self.losses]).cpu()
         total = self.runtime.all_reduce_sum(losses.double().sum()).item()
-        new = {"loss": total, **self.unread_sums}
+        new = {"loss": total, **self.recent}
         now = time.perf_counter()
         new["seconds"] += now - self.started
-        self.sums = {name: value + new[name] for name, value in self.sums.items()}
-        self.unread, self.norms, self.started = [], [], now
-        self.unread_sums = dict.fromkeys(self.unread_sums, 0.0)
+        self.total = {name: value + new[name] for name, value in self.total.items()}
+        self.losses, self.norms, self.started = [], [], now
+        self.recent = dict.fromkeys(self.recent, 0.0)
         speed = new["examples"] / new["seconds"]
         return {"loss": new["loss"] / new["weight"], "examples_per_second": speed}
 
     def so_far(self) -> dict[str, float]:
         """Return `train_loss` (the mean) and `examples_per_second` of the epoch so far."""
-        if self.unread:
+        if self.losses:
             self.read()
         return {
-            "train_loss": self.sums["loss"] / self.sums["weight"],
-            "examples_per_second": self.sums["examples"] / self.sums["seconds"],
+            "train_loss": self.total["loss"] / self.total["weight"],
+            "examples_per_second": self.total["examples"] / self.total["seconds"],
         }
 
     @contextlib.contextmanager
@@ -381,19 +363,19 @@ class LossMeter:
         """Stop the clock for what is not training: an evaluation, saving."""
         self.runtime.synchronize()
         now = time.perf_counter()
-        self.unread_sums["seconds"] += now - self.started
+        self.recent["seconds"] += now - self.started
         self.started = now  # so that a read within the pause does not count these seconds again
         yield
         self.started = time.perf_counter()
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, float]]]:
         """Return tensors and numbers from which another meter continues to the same results."""
-        sums = {"read": self.sums, "waiting": self.unread_sums}
-        if not self.unread:
+        sums = {"read": self.total, "waiting": self.recent}
+        if not self.losses:
             return {}, sums
-        rows = [rows.cpu() for _, rows in self.unread]
+        rows = [rows.cpu() for _, rows in self.losses]
         tensors = {
-            "losses": torch.stack([loss.cpu() for loss, _ in self.unread]),
+            "losses": torch.stack([loss.cpu() for loss, _ in self.losses]),
             "rows": torch.cat(rows),
             "rows_of_loss": torch.tensor([len(numbers) for numbers in rows]),
         }
@@ -403,8 +385,8 @@ class LossMeter:
         """Continue from what `state` returned."""
         if tensors:
             rows = tensors["rows"].split(tensors["rows_of_loss"].tolist())
-            self.unread = list(zip(tensors["losses"].to(self.runtime.device), rows))
-        self.sums, self.unread_sums = dict(sums["read"]), dict(sums["waiting"])
+            self.losses = list(zip(tensors["losses"].to(self.runtime.device), rows))
+        self.total, self.recent = dict(sums["read"]), dict(sums["waiting"])
 
     def check(self) -> None:
         """Raise UserError on every process unless all numbers since the last read are finite.
@@ -412,23 +394,19 @@ class LossMeter:
         Those are the losses, and the gradients that changed weights. A loss that is not finite
         makes the gradients of all processes so, hence its message, which names texts, goes first.
         """
-        if complaint := self._bad_loss():
-            problem = Problem.LOSS
-        elif complaint := self._bad_gradient():
-            problem = Problem.GRADIENT
-        else:
-            problem = Problem.NONE
-        worst = self.runtime.all_reduce_max(problem)
-        if worst != Problem.NONE:
-            complaints = self.runtime.all_gather_texts(complaint if problem == worst else "")
-            raise UserError(next(filter(None, complaints)))
+        complaints = [self._bad_loss(), self._bad_gradient()]
+        if not self.runtime.all_reduce_max(int(any(complaints))):
+            return
+        for complaint in complaints:
+            if told := next(filter(None, self.runtime.all_gather_texts(complaint)), None):
+                raise UserError(told)
 
     def _bad_loss(self) -> str:
         """Return what to say of the first loss that is not finite, "" when all are."""
-        first = _first_not_finite([loss for loss, _ in self.unread])
+        first = _first_not_finite([loss for loss, _ in self.losses])
         if first is None:
             return ""
-        rows = ", ".join(map(str, self.unread[first][1].tolist()))
+        rows = ", ".join(map(str, self.losses[first][1].tolist()))
         return (
             f"the training loss is no longer finite, first in the batch with the rows {rows} of the"
             " data; lower --lr, raise --warmup-ratio, or look at these texts"
