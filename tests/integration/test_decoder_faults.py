@@ -425,6 +425,7 @@ EQUIVALENT = {
     r"multiply_groups\(\d, \w+, rows, 2,": "more than is read",
     r"multiply_groups\(9, |attends_together.*size \+ 1 <=|rows->wide \|\| rows": "two ways to one number",
     r"window \+ 2 > first\)": "where both are equal, the number stays",
+    r"-> put\(.*, 2, ": "it is added, as with any number but 0",
     r": [12];$|\+ TILE \+ 1\) / TILE": "memory or a tile that nobody reads",
     r"\|\| !widens": "whole numbers that nobody reads",
     r"attends_together.*rows < step->stride": "two ways to one number",
