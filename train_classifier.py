@@ -240,7 +240,7 @@ def prepare(
     runtime: Runtime,
 ) -> TrainingState:
     """Return everything that an optimizer step needs and changes, for epochs of `rows`."""
-    model = adapt(model, config.model)  # frozen layers, LoRA, ...
+    model = adapt(model, config.model, runtime)  # frozen layers, LoRA, ...
     # pyrefly: ignore [bad-argument-type]  (transformers wraps to() so that its types are lost)
     model = model.to(runtime.device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

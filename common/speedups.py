@@ -2,8 +2,9 @@
 attention as matrix products and dropout with packed draws.
 
 Each is switched on by one line (`use_first_token(model)`, `use_fast_attention(model)`,
-`use_fast_dropout(model)`) and proven equal to the plain one by tests/unit/test_speedups.py and
-tests/unit/test_dropout.py: the first two to rounding, dropout in distribution.
+`use_compiled_attention(model, library)`, `use_fast_dropout(model)`) and proven equal to the plain one by
+tests/unit/test_speedups.py, test_attention.py and test_dropout.py: to rounding, and dropout in
+distribution.
 
 The head of BERT and its relatives reads one hidden state, that of the first token. The last layer's
 queries, feed-forward network and residuals at all other tokens are computed and thrown away: an
@@ -16,17 +17,21 @@ pass (tests/benchmarks/attention.py). They keep the probabilities of all pairs o
 hence the limit on the length.
 """
 
+import ctypes
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+from common import attention as compiled
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "matrix_products"
+NAME, COMPILED = "matrix_products", "compiled"
 MAX_TOKENS = 512  # the probabilities take 2 bytes x heads x tokens for each token and layer
 DRAWS_PER_INT64, LEVELS = 4, 1 << 16  # a 64-bit draw holds four 16-bit decisions
 # Classes of transformers whose head reads the first token alone, and whose layers have these parts.
@@ -41,14 +46,34 @@ def use_fast_attention(model: "PreTrainedModel") -> None:
 
     A model of transformers whose attention is not PyTorch's fused kernel stays unchanged.
     """
+    _register(model, NAME, attend)
+
+
+def use_compiled_attention(model: "PreTrainedModel", library: ctypes.CDLL) -> None:
+    """Compute attention in fp32 on a CPU by attention.c too, which attention.py has compiled to
+    `library`; all other calls as `use_fast_attention` does.
+    """
+    _register(model, COMPILED, functools.partial(attend, library=library))
+
+
+def has_served_heads(model: "PreTrainedModel") -> bool:
+    """Tell whether attention.c takes heads of this model's size, and the model leaves its attention to
+    such functions.
+    """
+    heads, width = (getattr(model.config, name, 0) for name in ("num_attention_heads", "hidden_size"))
+    is_open = model.config._attn_implementation in ("sdpa", NAME)
+    return bool(is_open and heads and width % heads == 0 and width // heads % compiled.SIZES == 0)
+
+
+def _register(model: "PreTrainedModel", name: str, function: Callable) -> None:
     # who has such a model has imported the library, which takes seconds
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(NAME)
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    if model.config._attn_implementation in ("sdpa", NAME):
+        model.set_attn_implementation(name)
 
 
 def attention(
@@ -74,10 +99,13 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    library: ctypes.CDLL | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return the output of attention (B, T, H, D) and None, as transformers asks of an attention
     function.
+
+    `library` is the compiled attention.c, if it is to be used.
 
     `query` (B, H, T, D); `key`, `value` (B, H, S, D); `attention_mask` None or broadcastable to
     (B, H, T, S), boolean (True: attend) or additive. The signature is that of
@@ -90,10 +118,13 @@ def attend(
     has_groups = query.shape[1] != key.shape[1]  # grouped-query attention
     has_bias = options.get("position_bias") is not None
     is_special = needs_causal_mask or dropout or has_groups or has_bias
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if library is not None and not is_special and compiled.is_served(query, key, value, attention_mask):
+        bias = compiled.bias_of_keys(attention_mask)
+        return compiled.CompiledAttention.apply(query, key, value, bias, scale, library), None
     if is_special or not _products_are_faster(query, key):
         options |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = _matrix_products(query, key, value, attention_mask, scale)
     return output.transpose(1, 2).contiguous(), None
 
@@ -127,7 +158,7 @@ def use_first_token(model: "PreTrainedModel") -> None:
     Another model, a decoder, or one whose attention is not computed here stays unchanged.
     """
     kind, config = type(model).__name__, model.config
-    is_known = kind in (*BERT_LIKE, DISTILBERT) and config._attn_implementation in ("sdpa", NAME)
+    is_known = kind in (*BERT_LIKE, DISTILBERT) and config._attn_implementation in ("sdpa", NAME, COMPILED)
     if not is_known or getattr(config, "is_decoder", False):
         return
     is_distilled = kind == DISTILBERT

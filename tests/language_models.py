@@ -22,7 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from common.generation.fast_decoding import CompiledModel, Kernel, find_compiler
+from common.compiler import find_compiler
+from common.generation.fast_decoding import CompiledModel, Kernel
 from common.generation.language_model import LanguageModel
 from common.generation.library import TransformersModel
 from common.generation.llama import Transformer

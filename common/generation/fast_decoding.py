@@ -12,16 +12,7 @@ Shapes: B texts, T columns, V tokens in the vocabulary.
 
 import ctypes
 import functools
-import hashlib
-import importlib.util
 import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import NotSupported, one_line
-from common.files import cache_home
+from common import compiler
+from common.errors import NotSupported
 from common.generation.llama import Layer, Linear, Positions, Rotary, Transformer, reference_step
 from common.generation.stored_weights import GROUP, KIND_OF_DTYPE, KINDS, Kind, Matrix, convert, pack
 
@@ -39,9 +30,6 @@ if TYPE_CHECKING:  # which imports this file
     from common.generation.decoding import Batch
 
 SOURCE = Path(__file__).with_name("decoder.c")
-# contracting lets the compiler use fused multiply-add; numbers keep their order otherwise
-FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
-COMPILE_SECONDS = 120  # it takes 2 to 4
 MAX_ROWS = 128  # of decoder.c
 WIDE_COLUMNS = 17  # a prompt of so many tokens is read with weights widened to fp32,
 MANY_ROWS = 10  # and so is a step of so many rows, where the weights are groups
@@ -50,83 +38,19 @@ CHECKED_TOKENS = 64  # whose logits are compared when a model is loaded
 ROOM = 256  # a cache grows by so many columns
 
 
-# --- Compiling
-
-
-def find_compiler() -> list[str] | None:
-    """Return the command of a C compiler: $CC, cc, gcc, clang, or the one in the package
-    ziglang; None if there is none.
-    """
-    chosen = shlex.split(os.environ.get("CC", ""))
-    for command in ([chosen] if chosen else []) + [["cc"], ["gcc"], ["clang"]]:
-        if shutil.which(command[0]):
-            return command
-    if importlib.util.find_spec("ziglang"):
-        return [sys.executable, "-m", "ziglang", "cc"]
-    return None
-
-
-def processor() -> str:
-    """Return what the compiled code depends on: the processor's kind, name and instructions."""
-    lines = []
-    if Path("/proc/cpuinfo").exists():
-        names = ("model name", "flags", "Features", "CPU part")
-        text = Path("/proc/cpuinfo").read_text()
-        lines = sorted({line for line in text.splitlines() if line.startswith(names)})
-    return "\n".join([platform.system(), platform.machine(), platform.processor(), *lines])
-
-
 @functools.cache
 def load_library(cache_dir: str | None) -> ctypes.CDLL:
-    """Return the compiled decoder.c, from the cache if it is there for this source, these flags and
-    this processor. Raises NotSupported, with the reason, when there is no compiler, when it fails,
-    and when what it has compiled computes something else than `reference_step`.
-
-    Two processes at once each compile their own file and rename it to the same name. Where the
-    cache can't be written, the file lives as long as it takes to load it.
+    """Return the compiled decoder.c. Raises what `compiler.load` raises, and NotSupported when what it
+    has compiled computes something else than `reference_step`.
     """
-    native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    key = "\n".join([SOURCE.read_text("utf-8"), *FLAGS, native, processor()])
-    name = f"decoder-{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
-    folder = cache_home(cache_dir) / "kernels"
-    try:
-        return _declare(ctypes.CDLL(str(folder / name)))
-    except (OSError, AttributeError):  # not there, or cut off by a full disk
-        pass
-    compiler = find_compiler()
-    if compiler is None:
-        raise NotSupported("no C compiler (cc, gcc, clang, or pip install ziglang)")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".making-")
-    except OSError:
-        scratch = tempfile.TemporaryDirectory()
-    with scratch as scratch_name:
-        compiled = Path(scratch_name) / name
-        _compile([*compiler, *FLAGS, native, str(SOURCE), "-o", str(compiled), "-lm"])
-        try:
-            library = _declare(ctypes.CDLL(str(compiled)))  # stays loaded when the file is gone
-        except (OSError, AttributeError) as error:
-            problem = f"the C compiler {compiler[0]} made no library: {one_line(error)}"
-            raise NotSupported(problem) from error
-        difference = self_check(library)
-        if difference > LARGEST_DIFFERENCE:
-            raise NotSupported(f"the compiled step is wrong: a logit differs by {difference:.1g}")
-        if compiled.parent.parent == folder:
-            os.replace(compiled, folder / name)
-    return library
+    return compiler.load(SOURCE, cache_dir, declare=_declare, check=check_library)
 
 
-def _compile(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotSupported(f"the C compiler failed: {one_line(error)}") from error
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        lines = lines or [f"code {done.returncode}"]
-        reason = next((line for line in lines if "error" in line), lines[0])
-        raise NotSupported(f"the C compiler {command[0]} failed: {reason.strip()}")
+def check_library(library: ctypes.CDLL) -> None:
+    """Raise NotSupported unless the compiled step computes what the reference does."""
+    difference = self_check(library)
+    if difference > LARGEST_DIFFERENCE:
+        raise NotSupported(f"the compiled step is wrong: a logit differs by {difference:.1g}")
 
 
 # --- What decoder.c reads, field by field

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from common import speedups
-from common.errors import UserError
+from common import attention, speedups
+from common.errors import NotSupported, UserError
+from common.runtime import Runtime
 
 if TYPE_CHECKING:
     import peft
@@ -26,13 +27,13 @@ LORA_ALPHA = 2  # times the rank: the scale by which the update is multiplied, a
 LORA_DROPOUT = 0.0
 
 
-def adapt(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+def adapt(model: PreTrainedModel, config: ModelConfig, runtime: Runtime) -> PreTrainedModel:
     """Return the model as the flags want it: frozen layers, recomputed activations, adapters.
 
     Attention, dropout and the last layer are replaced by versions that cost less.
     """
     if not config.compile:  # torch.compile fuses them itself
-        speedups.use_fast_attention(model)
+        use_attention(model, config, runtime)
         speedups.use_fast_dropout(model)
         speedups.use_first_token(model)
     if config.gradient_checkpointing:
@@ -40,6 +41,19 @@ def adapt(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     adapted = add_adapters(model, config.lora_rank) if config.lora_rank else model
     freeze_layers(model, config.freeze_layers)  # last, so that their adapters are frozen too
     return adapted
+
+
+def use_attention(model: PreTrainedModel, config: ModelConfig, runtime: Runtime) -> None:
+    """Let a model compute attention in the fastest way there is; say so if that would be attention.c
+    and it can't be compiled.
+    """
+    speedups.use_fast_attention(model)
+    if runtime.device.type != "cpu" or runtime.precision != "fp32" or not speedups.has_served_heads(model):
+        return
+    try:
+        speedups.use_compiled_attention(model, attention.load_library(config.cache_dir))
+    except NotSupported as error:
+        runtime.say(f"         attention is computed by PyTorch: {error}")
 
 
 def freeze_layers(model: PreTrainedModel, number: int) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from common import compiler
 from common.errors import NotSupported
 from common.generation import fast_decoding, language_model
 from common.generation.fast_decoding import CompiledModel, Kernel
@@ -38,7 +39,7 @@ def kernel(request, cache_dir, tmp_path_factory) -> Kernel:
     """The step compiled for this processor, and without any of its special instructions."""
     if request.param == "portable":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fast_decoding, "FLAGS", [*fast_decoding.FLAGS, "-DPORTABLE"])
+            patch.setattr(compiler, "FLAGS", [*compiler.FLAGS, "-DPORTABLE"])
             library = fast_decoding.load_library.__wrapped__(str(tmp_path_factory.mktemp("cache")))
         assert Kernel(library, 1).instructions == "portable C"
     else:
@@ -407,8 +408,8 @@ def load_anew(monkeypatch, made_before):
     is compiled without optimisations, which takes a quarter of the time; and a compiler that has
     made a library gives the same one for the same source and flags, at once.
     """
-    monkeypatch.setattr(fast_decoding, "FLAGS", ["-O0", *fast_decoding.FLAGS[1:]])
-    really_compile = fast_decoding._compile
+    monkeypatch.setattr(compiler, "FLAGS", ["-O0", *compiler.FLAGS[1:]])
+    really_compile = compiler.compile_file
 
     def compile_once(command: list[str]):
         *start, source, _, library, _ = command
@@ -420,7 +421,7 @@ def load_anew(monkeypatch, made_before):
         if Path(library).exists():
             made_before[made] = Path(library).read_bytes()
 
-    monkeypatch.setattr(fast_decoding, "_compile", compile_once)
+    monkeypatch.setattr(compiler, "compile_file", compile_once)
 
     def load(cache_dir: Path, **environment: str):
         for name, value in environment.items():
@@ -433,13 +434,13 @@ def load_anew(monkeypatch, made_before):
 @pytest.fixture
 def counted(monkeypatch) -> list:
     """The commands of the compiler that were run."""
-    commands, original = [], fast_decoding._compile
+    commands, original = [], compiler.compile_file
 
     def compile_counted(command: list[str]):
         commands.append(command)
         original(command)
 
-    monkeypatch.setattr(fast_decoding, "_compile", compile_counted)
+    monkeypatch.setattr(compiler, "compile_file", compile_counted)
     return commands
 
 
@@ -452,9 +453,9 @@ def test_it_is_compiled_once(load_anew, counted, tmp_path):
 
 def test_another_processor_or_source_or_flag_is_compiled_anew(load_anew, counted, tmp_path, monkeypatch):
     load_anew(tmp_path)
-    monkeypatch.setattr(fast_decoding, "processor", lambda: "another")
+    monkeypatch.setattr(compiler, "processor", lambda: "another")
     load_anew(tmp_path)
-    monkeypatch.setattr(fast_decoding, "FLAGS", [*fast_decoding.FLAGS, "-DPORTABLE"])
+    monkeypatch.setattr(compiler, "FLAGS", [*compiler.FLAGS, "-DPORTABLE"])
     load_anew(tmp_path)
     other = tmp_path / "other.c"
     other.write_text(fast_decoding.SOURCE.read_text() + "// changed\n")
@@ -487,7 +488,7 @@ def test_a_compiled_file_that_was_exchanged_is_not_used(load_anew, tmp_path):
     other = tmp_path / "other.c"
     other.write_text(fast_decoding.SOURCE.read_text().replace(" + epsilon", " + 2 * epsilon + 0.001f"))
     compiled.unlink()  # this process has it mapped
-    command = [*fast_decoding.find_compiler(), *fast_decoding.FLAGS, "-march=native", str(other)]
+    command = [*compiler.find_compiler(), *compiler.FLAGS, "-march=native", str(other)]
     subprocess.run([*command, "-o", str(compiled), "-lm"], check=True)
     cpu = Runtime(torch.device("cpu"), "fp32")
     loaded = language_model.load(str(model), cpu, cache_dir=str(cache))
@@ -536,18 +537,18 @@ def test_a_cache_that_is_no_folder(load_anew, counted, tmp_path):
 
 
 def test_without_a_compiler_the_reason_says_so(load_anew, tmp_path, monkeypatch):
-    monkeypatch.setattr(fast_decoding.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NotSupported, match="no C compiler"):
         load_anew(tmp_path, PATH=str(tmp_path), CC="")
 
 
 @pytest.mark.parametrize("script", ["echo 'x.c:1: error: no such flag' >&2; exit 1", "exit 3", "kill -9 $$"])
 def test_a_broken_compiler_is_named_with_its_message(script, load_anew, tmp_path):
-    compiler = tmp_path / "broken"
-    compiler.write_text(f"#!/bin/sh\n{script}\n")
-    compiler.chmod(0o755)
+    broken = tmp_path / "broken"
+    broken.write_text(f"#!/bin/sh\n{script}\n")
+    broken.chmod(0o755)
     with pytest.raises(NotSupported, match="broken failed: " + ("x.c:1" if "echo" in script else "")):
-        load_anew(tmp_path / "cache", CC=f"{compiler} -O1")
+        load_anew(tmp_path / "cache", CC=f"{broken} -O1")
     assert not list((tmp_path / "cache" / "kernels").iterdir())
 
 
@@ -558,16 +559,16 @@ def test_a_compiler_that_ends_well_and_writes_nothing(load_anew, tmp_path):
 
 def test_the_compiler_of_the_user_comes_first(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", "no-such-compiler -m64")
-    assert fast_decoding.find_compiler() in (["cc"], ["gcc"], ["clang"])
+    assert compiler.find_compiler() in (["cc"], ["gcc"], ["clang"])
     mine = tmp_path / "mine"
     mine.write_text("")
     mine.chmod(0o755)
     monkeypatch.setenv("CC", f"{mine} -m64")
-    assert fast_decoding.find_compiler() == [str(mine), "-m64"]
+    assert compiler.find_compiler() == [str(mine), "-m64"]
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC")
-    monkeypatch.setattr(fast_decoding.importlib.util, "find_spec", lambda name: name == "ziglang")
-    assert fast_decoding.find_compiler() == [sys.executable, "-m", "ziglang", "cc"]
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: name == "ziglang")
+    assert compiler.find_compiler() == [sys.executable, "-m", "ziglang", "cc"]
 
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -602,7 +603,7 @@ def test_two_processes_that_compile_at_once(tmp_path):
 def test_the_other_variants_of_this_kind_of_processor_compile(flags, tmp_path):
     if os.uname().machine != "x86_64":
         pytest.skip("flags of x86-64")
-    command = ["cc", *fast_decoding.FLAGS, "-Wall", "-Wextra", "-Werror", *flags]
+    command = ["cc", *compiler.FLAGS, "-Wall", "-Wextra", "-Werror", *flags]
     done = subprocess.run(
         [*command, fast_decoding.SOURCE, "-o", tmp_path / "x.so", "-lm"], capture_output=True
     )

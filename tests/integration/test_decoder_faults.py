@@ -36,6 +36,7 @@ from test_decoder import (
 )
 from torch import Tensor
 
+from common import compiler
 from common.generation import fast_decoding
 from common.generation.fast_decoding import CompiledModel, Kernel
 from common.generation.llama import Transformer
@@ -365,14 +366,14 @@ class Bench:
     @classmethod
     def make(cls, folder: Path, flags: list[str]) -> "Bench":
         """Compile the library's headers once, which are most of the time."""
-        options = ["-O0", "-w", *fast_decoding.FLAGS[1:], *flags]
+        options = ["-O0", "-w", *compiler.FLAGS[1:], *flags]
         header = folder / "headers.h"
         text = fast_decoding.SOURCE.read_text()
         wanted = re.findall(r"^#include <(?!arm_neon).*>", text, re.MULTILINE)
         header.write_text(
             "\n".join(line for line in dict.fromkeys(wanted) if flags or "immintrin" not in line)
         )
-        command = [*(fast_decoding.find_compiler() or ()), *options]
+        command = [*(compiler.find_compiler() or ()), *options]
         subprocess.run([*command, "-x", "c-header", str(header), "-o", f"{header}.gch"], check=True)
         return cls(folder, [*command, "-include", str(header)])
 
@@ -450,7 +451,7 @@ EQUIVALENT = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_fault_in_any_statement_is_caught(variant, tmp_path):
     """One of every statement that computes, drawn at random; without any, all is equal."""
-    if variant == "AVX2" and "avx2" not in fast_decoding.processor():
+    if variant == "AVX2" and "avx2" not in compiler.processor():
         pytest.skip("another processor")
     defined, flags = VARIANTS[variant]
     source, bench = source_of(defined), Bench.make(tmp_path, flags)

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
 from common import bundled, cli
+from common.compiler import find_compiler
 from common.generation import explain, scoring
 from common.generation.conversation import Chat
-from common.generation.fast_decoding import find_compiler
 from conftest import ROOT, exit_code_in_process, heavy, with_defaults
 from hub_server import HubServer
 from language_models import PROMPTS, needs_compiler, save_tiny_model
