@@ -68,12 +68,23 @@ def has_served_heads(model: "PreTrainedModel") -> bool:
 def _register(model: "PreTrainedModel", name: str, function: Callable) -> None:
     # who has such a model has imported the library, which takes seconds
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, _mask)
     if model.config._attn_implementation in ("sdpa", NAME):
         model.set_attn_implementation(name)
+
+
+def _mask(*given: Any, **options: Any) -> torch.Tensor | None:
+    """Return the mask (B, 1, T, S) that PyTorch's kernel takes, one row of it for all where all are equal,
+    as without a causal mask they are: `is_served` sees that by its stride.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    mask = sdpa_mask(*given, **options)
+    if mask is None or mask.device.type != "cpu" or not torch.equal(mask, mask[:, :, :1].expand_as(mask)):
+        return mask
+    return mask[:, :, :1].expand_as(mask)
 
 
 def attention(
