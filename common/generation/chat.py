@@ -5,6 +5,7 @@ written, and how its answers begin and end.
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import os
 import resource
@@ -131,6 +132,8 @@ def _render_and_exit(conversations: list[list[Message]], template: Template, wri
     """Write a line of JSON for each conversation into a pipe, and end this process, which has the
     limits of a template.
     """
+    # a model that is garbage would stop its threads, which a fork does not copy
+    gc.freeze()
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         if sys.platform == "linux":  # elsewhere only time is limited

@@ -3,6 +3,8 @@ oracle is each answer to the whole conversation without a cache.
 """
 
 import dataclasses
+import gc
+import os
 import re
 from collections.abc import Callable
 
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 import generate
 from common.errors import UserError
-from common.generation.chat import ChatFormat, choose_template, read_format, render
+from common.generation.chat import ChatFormat, Template, choose_template, read_format, render
 from common.generation.completion import Options, Prompt, Run
 from common.generation.conversation import Chat, Console, after_interruption
 from common.generation.language_model import LanguageModel
@@ -313,3 +315,37 @@ def test_an_answer_that_was_begun_goes_on(monkeypatch):
     )
     with pytest.raises(UserError, match="--prefill: the conversation ends with an answer"):
         chat_format.encode(messages)
+
+
+def test_the_child_that_renders_does_not_collect_what_its_parent_left(tmp_path):
+    """The threads of a model that is garbage are not in the child: to stop them there would crash it."""
+
+    class Garbage:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            (tmp_path / str(os.getpid())).touch()
+
+    before = gc.get_threshold()
+    gc.disable()
+    try:
+        Garbage()
+        gc.set_threshold(1)
+        template = Template("{% set _ = [] %}" * 200 + "{{ messages[0].content }}", "it")
+        fork = os.fork
+
+        def fork_and_collect() -> int:
+            child = fork()
+            if child == 0:
+                gc.enable()
+            return child
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fork", fork_and_collect)
+            assert render([[{"role": "user", "content": "x"}]], template) == ["x"]
+    finally:
+        gc.set_threshold(*before)
+        gc.enable()
+    gc.collect()
+    assert {path.name for path in tmp_path.iterdir()} <= {str(os.getpid())}
