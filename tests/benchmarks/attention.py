@@ -1,27 +1,30 @@
 #!/usr/bin/env python
-"""PyTorch's fused attention beside common/speedups.py's matrix products, in bf16: forward as in
-encoding, forward and backward as in training.
+"""PyTorch's fused attention beside ours: forward as in encoding, forward and backward as in training. In
+bf16 ours is common/speedups.py's matrix products, in fp32 common/attention.c, which serves training alone.
 
 Both are called through transformers' interface on the shapes of all-MiniLM-L6-v2 (12 heads of 32)
 and of BERT-base (12 heads of 64), 4,096 tokens at once. They take turns; the medians of --rounds
 count. The last line on stdout is one JSON object.
 
   python tests/benchmarks/attention.py                 # a minute on two cores
+  python tests/benchmarks/attention.py --precision fp32
 """
 
 import argparse
+import functools
 import json
 import statistics
+from collections.abc import Callable
 
 import environment
 import torch
 from tabulate import tabulate
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from common import cli, speedups
+from common import attention, cli, speedups
 from common.runtime import keep_large_blocks
 
-WAYS = {"fused": sdpa_attention_forward, "matrix products": speedups.attend}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOKENS, HEADS = 4096, 12
 
 
@@ -39,6 +42,7 @@ def make_parser() -> cli.Parser:
         default=15,
         help="medians are taken over them; the first three are left out",
     )
+    parser.add_argument("--precision", choices=DTYPES, default="bf16", help="of all numbers")
     parser.add_argument(
         "--lengths", nargs="+", type=cli.positive_int, default=[64, 128, 256, 512], help="tokens of a text"
     )
@@ -48,17 +52,17 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def compare(length: int, width: int, rounds: int) -> dict[str, float]:
+def compare(length: int, width: int, ways: dict[str, Callable], args: argparse.Namespace) -> dict[str, float]:
     """Return the milliseconds of each way, forward and forward with backward."""
-    device = torch.device("cpu")
+    device, dtype, rounds = torch.device("cpu"), DTYPES[args.precision], args.rounds
     parts = [
         part.transpose(1, 2).requires_grad_()
-        for part in torch.randn(3, TOKENS // length, length, HEADS, width).bfloat16().unbind()
+        for part in torch.randn(3, TOKENS // length, length, HEADS, width).to(dtype).unbind()
     ]
-    grad = torch.randn(TOKENS // length, length, HEADS, width).bfloat16()
+    grad = torch.randn(TOKENS // length, length, HEADS, width).to(dtype)
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds + 3):
-        for name, attend in WAYS.items():
+        for name, attend in ways.items():
             started = environment.moment(device)
             with torch.inference_mode():
                 attend(Layer(), *parts, None)
@@ -74,19 +78,20 @@ def main(args: argparse.Namespace):
     keep_large_blocks()
     header = environment.describe(torch.device("cpu"))
     environment.show(header)
+    library = attention.load_library(None) if args.precision == "fp32" else None
+    ways = {"fused": sdpa_attention_forward, "ours": functools.partial(speedups.attend, library=library)}
     found, rows = {}, []
     for width in args.widths:
         for length in args.lengths:
-            measured = found[f"{length} tokens, heads of {width}"] = compare(length, width, args.rounds)
+            measured = found[f"{length} tokens, heads of {width}"] = compare(length, width, ways, args)
             forward, both = (
-                measured[f"fused, {what}"] / measured[f"matrix products, {what}"]
-                for what in ("forward", "both")
+                measured[f"fused, {what}"] / measured[f"ours, {what}"] for what in ("forward", "both")
             )
             rows.append(
                 [
                     width,
                     length,
-                    *(measured[f"{name}, {what}"] for what in ("forward", "both") for name in WAYS),
+                    *(measured[f"{name}, {what}"] for what in ("forward", "both") for name in ways),
                     forward,
                     both,
                 ]
@@ -98,9 +103,9 @@ def main(args: argparse.Namespace):
                 "head",
                 "tokens",
                 "forward, ms: fused",
-                "products",
+                "ours",
                 "with backward, ms: fused",
-                "products",
+                "ours",
                 "times, forward",
                 "with backward",
             ],

@@ -193,11 +193,12 @@ def test_evaluate_only_gives_the_score_of_the_run(finished, call_script, sentenc
         "train_classifier.py", "--model", folder / "best", "--dataset", sentences_csv, "--evaluate-only"
     )
     results = json.loads((folder / "metrics.json").read_text())
-    scores = [f"{results[name]:.4f}" for name in ("test_accuracy", "test_macro_f1", "test_loss")]
-    intervals = [results["test_intervals"][name] for name in ("accuracy", "macro_f1", "loss")]
-    accuracy, macro_f1, loss = (
-        f"{score} [{low:.4f}, {high:.4f}]" for score, (low, high) in zip(scores, intervals)
-    )
+
+    def shown(name: str) -> str:  # an interval of width 0 is left out
+        ends = [f"{end:.4f}" for end in results["test_intervals"].get(name, ())]
+        return f"{results[f'test_{name}']:.4f}" + (f" [{', '.join(ends)}]" if ends else "")
+
+    accuracy, macro_f1, loss = map(shown, ("accuracy", "macro_f1", "loss"))
     assert f"accuracy {accuracy}, macro-F1 {macro_f1}, loss {loss} on 12 texts" in done.stdout
     assert "one text is 8.3 points of accuracy" in done.stdout
     assert sorted(path for path in folder.rglob("*")) == before
