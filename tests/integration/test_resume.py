@@ -2,6 +2,7 @@
 the bit.
 """
 
+import json
 import os
 import random
 import re
@@ -15,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from common.files import find_damage, replace_folder, write_manifest
 from conftest import KINDS, ROOT, heavy, may_mount
+from language_models import needs_compiler
 
 # 85 texts: 11 batches of 8, the last of 5; steps of 3 micro-batches, the last of 2. Evaluations and
 # checkpoints fall between the ends of epochs too.
@@ -145,6 +147,47 @@ def test_a_killed_run_ends_as_one_that_was_never_stopped(kind, seed, forked, who
     )
     assert ": after step" in forked.said("stdout"), "it came after the first checkpoint"
     assert differing(tmp_path / "run", folder) == []
+
+
+@pytest.fixture(scope="module")
+def heads_of_32(tiny_model, tmp_path_factory) -> Path:
+    """The small model with heads of the size for which attention.c computes attention in training."""
+    folder = tmp_path_factory.mktemp("heads") / "model"
+    config = AutoConfig.from_pretrained(tiny_model, hidden_size=64, num_attention_heads=2)
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+@needs_compiler
+def test_a_run_with_attention_in_c_is_resumed_to_the_bit(forked, heads_of_32, cache_dir, tmp_path):
+    flags = ["--model", heads_of_32]
+    assert forked.run(tmp_path / "whole", *flags) == [0], forked.said()
+    assert list((cache_dir / "kernels").glob("attention-*.so")), "it was compiled"
+    event = forked.num_events() // 2
+    assert forked.run(tmp_path / "run", *flags, event=event, signal="SIGKILL") != [0]
+    assert forked.run(tmp_path / "run", *flags, "--resume", tmp_path / "run") == [0], forked.said()
+    assert differing(tmp_path / "run", tmp_path / "whole") == []
+
+
+@needs_compiler
+def test_without_attention_in_c_a_line_says_so_and_pytorch_computes_it(
+    heads_of_32, sentences_csv, call_script, tmp_path
+):
+    flags = ["--model", heads_of_32, "--dataset", sentences_csv, "--max-steps", 2, "--keep", 0]
+    flags += ["--device", "cpu", "--precision", "fp32", "--cache-dir", tmp_path / "cache"]
+    losses = []
+    for folder, compiler in (("without", "false"), ("with", "")):
+        done = call_script(
+            "train_classifier.py", *flags, "--output-dir", tmp_path / folder, CC=compiler, OMP_NUM_THREADS="1"
+        )
+        said = "attention is computed by PyTorch: the C compiler false failed: code 1"
+        assert (said in done.stdout) == (folder == "without")
+        assert list((tmp_path / "cache").glob("kernels/attention-*.so")) == [] or folder == "with"
+        results = json.loads((tmp_path / folder / "metrics.json").read_text())
+        losses.append(results["test_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.slow
