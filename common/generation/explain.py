@@ -5,6 +5,7 @@ does, and greedy, top-k and top-p side by side.
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -372,7 +373,7 @@ def compared_settings(settings: Settings) -> dict[str, Settings]:
 
 def show_side_by_side(texts: dict[str, str]) -> None:
     """Print texts as columns under their names, over the whole width of the terminal."""
-    print(side_by_side(texts, terminal.width() or 120))
+    print(side_by_side(texts, shutil.get_terminal_size((120, 24)).columns))  # $COLUMNS, if it is set
 
 
 def side_by_side(texts: dict[str, str], width: int) -> str:
