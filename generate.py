@@ -35,7 +35,6 @@ from common.generation.generation_flags import (
     DRAWING,
     EARLY_STOPPING,
     RECORDED,
-    file_options,
     is_drawing,
     prompt_config,
 )
@@ -64,13 +63,13 @@ from tqdm import tqdm
 from common import reading
 from common.generation import beams, language_model, sampling
 from common.generation.beams import Beams
-from common.generation.completion import Completion, Options, Prompt, Run
+from common.generation.completion import Completion, Options, Prompt, Run, memory_advice
 from common.generation.decoding import Batch, Step, fetch_ids, prefill, step
 from common.generation.fast_sampling import make_sampler  # the plain version: sampling.make_sampler
 from common.generation.language_model import LanguageModel, Loading
 from common.generation.lookup import PromptLookup
 from common.generation.sampling import Constraint, Sampler, Settings
-from common.runtime import Runtime, free_memory_bytes, start_runtime, stop_runtime
+from common.runtime import Runtime, explain_out_of_memory, free_memory_bytes, start_runtime, stop_runtime
 
 # --- From prompts to texts
 
@@ -107,7 +106,7 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
         return
     options, settings = run.options, run.options.settings
     if options.beams is not None:
-        with run.told_if_out_of_memory(len(rows) * options.beams.size):
+        with explain_out_of_memory(memory_advice(len(rows) * options.beams.size)):
             yield from beams.complete(run, rows, options.beams)
         return
     batch = batch or run.left_pad(rows)
@@ -120,7 +119,7 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
         steps = decode(run.language_model, batch, sampler, settings)
     run.timing.start(batch)
     num_shown = 0  # characters of the first text that have been yielded
-    with run.told_if_out_of_memory(len(rows)):
+    with explain_out_of_memory(memory_advice(len(rows))):
         for current in steps:
             run.timing.note_token()
             run.add_step(rows, current, batch)
@@ -168,8 +167,11 @@ def generate_batches(
     """Generate the texts of all batches, a batch on each process at a time, and show or write them;
     with --resume, go on after those in the file. Return all texts for --references.
     """
-    record = output.Record(args.seed, recorded_settings(args, run))
-    first_batch = find_first_batch(run, batches, record, file, runtime) if args.resume else 0
+    make_line = functools.partial(output.make_line, seed=args.seed, settings=recorded_settings(args, run))
+    first_batch = 0
+    if args.resume:  # the file has other batch seeds, which are not compared
+        expected = (make_line(row, batch_seed=0) for batch in batches for row in run.rows(batch))
+        first_batch = find_first_batch(run, batches, expected, file, runtime)
     texts = [line["text"] for line in file.lines] if file else []
     wants_stream = sys.stdout.isatty() if args.stream is None else args.stream
     streams = wants_stream and not args.output and runtime.world_size == 1
@@ -184,7 +186,7 @@ def generate_batches(
             if streams and usable and has_several:
                 show(output.heading(usable[0].prompt.number + 1, 1, usable[0].prompt.text))
             generate_batch(run, usable, seed=seed, streams=streams, bar=bar)
-            lines = output.gather([record.line(row, batch_seed=seed) for row in rows], runtime)
+            lines = output.gather([make_line(row, batch_seed=seed) for row in rows], runtime)
             if args.references is not None:
                 texts += [line["text"] for line in lines]
             if file:
@@ -210,11 +212,12 @@ def generate_batch(run: Run, rows: list[Completion], *, seed: int, streams: bool
 def find_first_batch(
     run: Run,
     batches: list[list[Prompt]],
-    record: output.Record,
+    expected: Iterator[dict],
     file: output.OutputFile | None,
     runtime: Runtime,
 ) -> int:
-    """Return the number of the first batch that the output file does not hold yet.
+    """Return the number of the first batch that the output file does not hold yet, given the lines
+    that it is expected to hold.
 
     `file` is None on all processes but the main one, which may be the only one that sees the file.
     """
@@ -223,8 +226,7 @@ def find_first_batch(
 
     def count_finished() -> int:
         assert file is not None
-        rows = (row for prompts in batches for row in run.rows(prompts))
-        file.resume(rows, record, texts_per_batch=texts_per_batch)
+        file.resume(expected, texts_per_batch=texts_per_batch)
         return len(file.lines)
 
     num_finished = runtime.broadcast_from_main(count_finished)
@@ -389,7 +391,7 @@ def score_file(args: argparse.Namespace) -> None:
         column=args.text_column,
         cache_dir=args.cache_dir,
         allow_empty=True,
-        options=file_options(args),
+        options=cli.file_options(args),
     )
     scoring.show_rouge(texts, read_references(args, len(texts)) or [])
 
@@ -415,8 +417,9 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
     chat_format = load_chat_format(args, model)
     end_ids = stop_token_ids(args, model, chat_format)
     if args.use_model_defaults:
-        defaults = language_model.sampling_defaults(model)
-        generation_flags.take_model_defaults(args, defaults, name=model.name)
+        from common.generation import model_defaults
+
+        model_defaults.set_flags(args, model.folder, name=model.name)
     beam_search = None
     if args.num_beams is not None:
         beam_search = Beams(args.num_beams, args.length_penalty, EARLY_STOPPING[args.early_stopping])
@@ -452,7 +455,7 @@ def sampling_settings(args: argparse.Namespace, model: LanguageModel, end_ids: t
         end_ids=end_ids,
         constraint=make_constraint(args, model, end_ids),
         logit_bias=language_model.read_bias(args.logit_bias or [], model),
-        banned=language_model.banned_runs(args.ban_words or [], model),
+        banned=language_model.tokens_of_words(args.ban_words or [], model),
         **{name: getattr(args, name) for name in names if getattr(args, name) is not None},
     )
 
@@ -486,7 +489,7 @@ def load_after(
     args: argparse.Namespace, read: Callable[[], object], *, from_stdin: bool
 ) -> tuple[Run, Runtime]:
     """Load the model as `load` does, and call `read` first, so that a mistake in a file is told at
-    once. Standard input is left for later: a question of a library could take its answer from it.
+    once. Standard input is left for later: a library that prompts the user would read from it.
     """
     if not from_stdin:
         read()
@@ -598,7 +601,7 @@ def read_references(args: argparse.Namespace, num_texts: int) -> list[str] | Non
         num_texts,
         column=args.reference_column,
         cache_dir=args.cache_dir,
-        options=file_options(args),
+        options=cli.file_options(args),
     )
 
 

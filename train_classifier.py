@@ -78,6 +78,7 @@ from common.runtime import (
     Runtime,
     check_compiler,
     deterministic,
+    explain_out_of_memory,
     peak_memory_bytes,
     start_runtime,
     stop_runtime,
@@ -172,7 +173,7 @@ def data_config(args: argparse.Namespace) -> DataConfig:
         args,
         seed=args.seed if args.split_seed is None else args.split_seed,
         skip_bad=args.skip_bad or args.inspect,
-        files=config_from_flags(FileOptions, args),
+        files=cli.file_options(args),
         texts=config_from_flags(TextConfig, args),
         labels=config_from_flags(LabelConfig, args),
     )
@@ -393,7 +394,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
         label = f"epoch {state.epoch}/{config.epochs}"
         with (
             tracking.progress(steps, label=label, unit="step", shown=runtime.is_main) as bar,
-            batching.explain_out_of_memory(config.memory_advice()),
+            explain_out_of_memory(config.memory_advice()),
         ):
             meter.start_epoch(is_resumed=state.step_of_epoch > 0)
             # an evaluation that a signal interrupted, and with it the run, is done again
@@ -638,7 +639,7 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
 
     rows = loaded.tokenized["train"]
     state = prepare(loaded.model, loaded.tokenizer, rows, loaded.config, runtime)
-    with batching.explain_out_of_memory(loaded.config.memory_advice()):
+    with explain_out_of_memory(loaded.config.memory_advice()):
         line = batching.memory_line(state.model, rows, state.tokenizer, state.micro_batch, runtime)
         runtime.say(line)
     if start is not None:
@@ -725,7 +726,7 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
         args.predict,
         saved_texts(saved, args),
         kept=kept_by_flags(args),
-        options=config_from_flags(FileOptions, args),
+        options=cli.file_options(args),
         cache_dir=args.cache_dir,
         faults=faults,
     ) as texts:
@@ -754,7 +755,7 @@ def write_predictions(
     """Write an answer for each text but the `bad` ones to --output; with --resume go on with a file
     that was begun, if whatever its answers depend on is the same.
     """
-    tokens, options = model.tokens, config_from_flags(FileOptions, args)
+    tokens, options = model.tokens, cli.file_options(args)
     identity = {
         "text": texts.sha256(),
         "model": tensors_sha256(model.model.state_dict()),

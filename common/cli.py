@@ -35,6 +35,7 @@ from common.errors import (
     printable,
     shorten,
 )
+from common.sources import FileOptions
 
 # All processes of a job find the same mistake. Rank 0 reports it at once; when it has ended,
 # torchrun ends the others before they report it too.
@@ -279,6 +280,11 @@ def add_file_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) ->
     flag("--quoting", choices=["auto", "csv", "none"], default="auto", help=marks)
     written = "of text and data files, such as latin-1 (default: UTF-8)"
     flag("--encoding", type=encoding, help=written)
+
+
+def file_options(args: argparse.Namespace) -> FileOptions:
+    """Return how the flags say that data files are written."""
+    return FileOptions(args.columns, args.delimiter, args.quoting, args.encoding)
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, *, model: str | None) -> None:

@@ -436,6 +436,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "out of memory" in str(error)  # MPS
 
 
+@contextlib.contextmanager
+def explain_out_of_memory(message: str) -> Iterator[None]:
+    """Turn what the block raises where memory runs out, on any device, into a UserError."""
+    try:
+        yield
+    except UserError:  # of a block within this one, which knows better what helps
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(message) from error
+
+
 def _join_processes(store: torch.distributed.Store, rank: int, world_size: int, backend: str) -> None:
     """Join the processes that torchrun started, in a part of its store that belongs to this
     attempt alone.

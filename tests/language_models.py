@@ -28,7 +28,7 @@ from common.generation.language_model import LanguageModel
 from common.generation.library import TransformersModel
 from common.generation.llama import Transformer
 from common.generation.llama_config import read_transformer
-from common.generation.stored_weights import Matrix, convert, matrix_of
+from common.generation.stored_weights import Matrix, as_matrix, convert
 
 transformers.utils.logging.disable_progress_bar()  # of the tests' own models, on the stderr that is compared
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler: the step is PyTorch's")
@@ -110,7 +110,7 @@ def tiny_language_model(
 def own_weights(model: PreTrainedModel) -> dict[str, Matrix | torch.Tensor]:
     """Return the weights of a model of transformers under their names, as a folder's are read."""
     return {
-        name: matrix_of(parameter.detach()) if parameter.dim() == 2 else parameter.detach()
+        name: as_matrix(parameter.detach()) if parameter.dim() == 2 else parameter.detach()
         for name, parameter in model.named_parameters()
     }
 

@@ -27,7 +27,7 @@ from common.errors import UserError, shorten
 from common.files import read_settings
 from common.generation import library
 from common.generation.language_model import LanguageModel
-from common.generation.stored_weights import Matrix, matrix_of
+from common.generation.stored_weights import Matrix, as_matrix
 
 # settings that say what is added to the weights
 TAKEN = (
@@ -164,7 +164,7 @@ def merge_stored(
         stored, own = weights.get(key), parameter.detach()
         before = stored.widen() if isinstance(stored, Matrix) else stored
         if before is None or not torch.equal(before.float(), own):
-            merged[key] = matrix_of(own) if own.dim() == 2 else own
+            merged[key] = as_matrix(own) if own.dim() == 2 else own
     return merged
 
 

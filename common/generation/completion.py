@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ from common.generation.decoding import Batch, Step
 from common.generation.language_model import LanguageModel
 from common.generation.lookup import PromptLookup
 from common.generation.sampling import Settings
-from common.runtime import is_out_of_memory
 
 if TYPE_CHECKING:  # importing it takes a second
     from transformers import PreTrainedTokenizerBase
@@ -248,7 +246,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Options:
-    """How prompts become texts, beyond the choice of tokens."""
+    """Generation options: those of a token, and those of a text."""
 
     settings: Settings
     seed: int = 0
@@ -298,20 +296,6 @@ class Run:
                 f" {free_bytes / 1e9:,.1f} GB are free; lower it, --batch-size, --max-new-tokens or"
                 " --logprobs"
             )
-
-    @contextlib.contextmanager
-    def told_if_out_of_memory(self, num_rows: int) -> Iterator[None]:
-        """Turn what the block raises where memory runs out, on a GPU too, into a UserError."""
-        try:
-            yield
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            helps = "--max-new-tokens, or name a smaller model"
-            helps = f"--batch-size, --num-samples or {helps}" if num_rows > 1 else helps
-            texts = f"{num_rows:,} texts" if num_rows > 1 else "the text"
-            problem = f"there is too little memory to generate {texts}"
-            raise UserError(f"{problem}; lower {helps}") from error
 
     def bytes_per_row(self, num_columns: int) -> int:
         """Return about how much memory a text takes: its cache, ids and mask; its logits and their
@@ -383,6 +367,16 @@ class Run:
             guesses = f"{accepted:,} of {guessed:,} guessed tokens accepted"
             parts.append(f"lookup: {guesses} ({share:.0%})")
         return "; ".join(parts)
+
+
+def memory_advice(num_rows: int) -> str:
+    """Return what to say where memory runs out while so many texts are generated."""
+    if num_rows == 1:
+        texts, helps = "the text", "--max-new-tokens, or name a smaller model"
+    else:
+        texts = f"{num_rows:,} texts"
+        helps = "--batch-size, --num-samples or --max-new-tokens, or name a smaller model"
+    return f"there is too little memory to generate {texts}; lower {helps}"
 
 
 def _counted(tokens: int, timed_tokens: int, seconds: float) -> str:

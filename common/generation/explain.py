@@ -17,6 +17,7 @@ from common import terminal
 from common.generation import decoding, sampling
 from common.generation.completion import Completion, Options, Prompt, Run
 from common.generation.decoding import Batch, Step
+from common.generation.generation_flags import LIBRARY_DRAWING
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Filter, Settings
 
@@ -56,8 +57,7 @@ def generation_config(options: Options, language_model: LanguageModel) -> Genera
     settings = options.settings
     drawing = {}
     if settings.sample:
-        names = "temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff"
-        drawing = {name: getattr(settings, name) for name in names.split()}
+        drawing = {name: getattr(settings, name) for name in LIBRARY_DRAWING}
         if own_filters(settings):  # they have their own place among the library's
             drawing = {"top_k": 0}
     searching: dict[str, Any] = {"num_beams": 1}

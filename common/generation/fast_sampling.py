@@ -175,7 +175,7 @@ def count_kept(
         if num_kept == len(weights) and not is_whole:
             return num_kept
     if settings.eta_cutoff > 0:
-        limit = eta_of(kept(), settings.eta_cutoff) * kept().sum()
+        limit = compute_eta(kept(), settings.eta_cutoff) * kept().sum()
         num_kept = max(1, count_from(weights[:num_kept], limit, 10 * ROUNDING * limit))
     return num_kept
 
@@ -189,7 +189,7 @@ def count_from(numbers: np.ndarray, limit: float, tolerance: float) -> int:
     return int(np.count_nonzero(numbers >= limit))
 
 
-def eta_of(weights: np.ndarray, epsilon: float) -> float:
+def compute_eta(weights: np.ndarray, epsilon: float) -> float:
     """Return the least probability that eta keeps, from the probabilities up to a factor."""
     probabilities = weights[weights > 0] / weights.sum()
     entropy = -(probabilities * np.log(probabilities)).sum()

@@ -6,7 +6,6 @@ Importing it is quick: a mistake is said before PyTorch is loaded.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import re
@@ -25,11 +24,10 @@ from common.cli import (
     probability,
 )
 from common.columns import add_kept_flags, kept_by_flags
-from common.errors import UserError, note, shorten
+from common.errors import UserError, shorten
 from common.generation import output, prompt_template, prompts
 from common.generation.prompt_template import FLAG as TEMPLATE
 from common.generation.prompts import PromptConfig
-from common.sources import FileOptions
 
 
 def make_parser(description: str | None = None) -> cli.Parser:
@@ -115,7 +113,7 @@ def add_sampling_flags(parser: cli.Parser) -> None:
     option = {"action": "append", "metavar": "TOKEN=NUMBER", "type": token_and_number}
     add("--logit-bias", **option, help=help_text)
     help_text = r"words, separated by commas, whose tokens may not be generated; \, is a comma"
-    add("--ban-words", action="extend", metavar="WORD,...", type=listed, help=help_text)
+    add("--ban-words", action="extend", metavar="WORD,...", type=split_at_commas, help=help_text)
     help_text = "no sequence of this many tokens occurs twice; 0: off"
     add("--no-repeat-ngram-size", type=non_negative_int, help=help_text)
 
@@ -142,7 +140,7 @@ def add_end_flags(parser: cli.Parser) -> None:
     """Add the flags of a text's form and end."""
     add = parser.add_argument_group("form of a text").add_argument
     help_text = r"the text is exactly one of these, separated by commas; \, is a comma, \n a new line"
-    add("--choices", action="extend", metavar="TEXT,...", type=listed, help=help_text)
+    add("--choices", action="extend", metavar="TEXT,...", type=split_at_commas, help=help_text)
     add("--regex", metavar="PATTERN", help="the text matches this regular expression as a whole")
 
     add = parser.add_argument_group("end of a text").add_argument
@@ -227,7 +225,7 @@ def template_option(text: str) -> tuple[str, object]:
         return name, value
 
 
-def listed(text: str) -> list[str]:
+def split_at_commas(text: str) -> list[str]:
     r"""Parse texts that are separated by commas; \, is a comma within one."""
     return [unescape(part.replace(r"\,", ",")) for part in re.split(r"(?<!\\),", text)]
 
@@ -242,17 +240,8 @@ def token_and_number(text: str) -> str:
     return text
 
 
-DRAWING = (  # any of them given: not greedy
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "top_n_sigma",
-    "xtc_probability",
-)
+LIBRARY_DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+DRAWING = (*LIBRARY_DRAWING, "top_n_sigma", "xtc_probability")  # any of them given: not greedy
 RECORDED = (  # with DRAWING, what a text depends on beside its prompt, the model and the seed
     "xtc_threshold repetition_penalty presence_penalty frequency_penalty no_repeat_ngram_size"
     " logit_bias ban_words use_model_defaults sampler lookup num_beams length_penalty early_stopping"
@@ -368,7 +357,7 @@ def check_flags(args: argparse.Namespace) -> None:
             )
     for name in (args.prompts_file, args.references, args.score):
         if name is not None:
-            sources.check_texts(name, any_suffix=file_options(args).is_table)
+            sources.check_texts(name, any_suffix=cli.file_options(args).is_table)
     for name in (args.perplexity, args.score_continuations):
         if name is not None:
             sources.check_text_file(name)
@@ -383,7 +372,7 @@ def check_files(args: argparse.Namespace) -> None:
     """Raise UserError for a file that is no text, and for a column that it lacks, as its beginning
     shows.
     """
-    options = file_options(args)
+    options = cli.file_options(args)
     if args.prompts_file is not None:
         prompts.check_columns(args.prompts_file, prompt_config(args))
     for name, column, flag in (
@@ -405,7 +394,7 @@ def prompt_config(args: argparse.Namespace) -> PromptConfig:
         None if template is None else prompt_template.parse(template),
         kept_by_flags(args),
         args.skip_bad,
-        file_options(args),
+        cli.file_options(args),
         args.cache_dir,
     )
 
@@ -430,12 +419,6 @@ def check_template(name: str) -> None:
         raise UserError(f"--chat-template {name}: no such file; check the path")
     if sources.kind_of_path(name) == "file":
         sources.check_text_file(name)
-
-
-def file_options(args: argparse.Namespace) -> FileOptions:
-    """Return how the flags say that data files are written."""
-    names = [field.name for field in dataclasses.fields(FileOptions)]
-    return FileOptions(**{name: getattr(args, name) for name in names})
 
 
 def check_combinations(given: dict[str, str]) -> None:
@@ -497,33 +480,3 @@ def given_flags(args: argparse.Namespace) -> dict[str, str]:
 def is_drawing(args: argparse.Namespace) -> bool:
     """Return whether tokens are drawn: a flag of drawing is given, and the temperature is not 0."""
     return args.temperature != 0 and any(getattr(args, name) is not None for name in DRAWING)
-
-
-def take_model_defaults(args: argparse.Namespace, defaults: dict[str, Any], *, name: str) -> None:
-    """Set each flag of the choice of tokens that is not given to what the generation_config.json of
-    a model says, and say in one line what that is.
-
-    Raises UserError for a value that its flag would not take, and for several samples of a model
-    that decodes greedily.
-    """
-    parser = make_parser()
-    actions = {action.dest: action for action in parser._actions}
-    known = [key for key in defaults if key in actions and key != "num_beams"]
-    taken = {key: defaults[key] for key in known if getattr(args, key) == parser.get_default(key)}
-    for key, value in taken.items():
-        place = f"--use-model-defaults: {name}: generation_config.json: {key}"
-        try:
-            parsed = actions[key].type(str(value))  # pyrefly: ignore[not-callable]  (a number type)
-        except argparse.ArgumentTypeError as error:
-            flag = "--" + key.replace("_", "-")
-            raise UserError(f"{place}: {error}; give {flag}") from error
-        setattr(args, key, parsed)
-    left_out = [key for key in defaults if key not in known]
-    if args.num_samples > 1 and not is_drawing(args):
-        problem = f"{name} decodes greedily, which gives the same text each time"
-        raise UserError(f"--num-samples {args.num_samples}: {problem}; give --temperature")
-    check_ranges(args)
-    settings = ", ".join(f"{key} {value}" for key, value in taken.items()) or "nothing"
-    missing = f"; not taken: {', '.join(left_out)}" if left_out else ""
-    kind = "drawn" if is_drawing(args) else "greedy"
-    note(f"note: the generation_config.json of {name}: {settings} ({kind}){missing}")

@@ -242,42 +242,6 @@ def read_special_ids(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     return {**known, **config}
 
 
-SAMPLING_NAMES = (  # of generation_config.json, what changes which tokens are chosen
-    *("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"),
-    *("top_h", "epsilon_cutoff", "eta_cutoff", "penalty_alpha", "guidance_scale", "num_beams"),
-    *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "forced_bos_token_id"),
-    *("forced_eos_token_id", "exponential_decay_length_penalty", "encoder_repetition_penalty"),
-)
-ONLY_WHEN_DRAWING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "top_h",
-    "min_p",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-)
-NO_EFFECT = {"num_beams": 1, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
-NO_EFFECT |= {"encoder_repetition_penalty": 1.0}
-
-
-def sampling_defaults(language_model: LanguageModel) -> dict[str, Any]:
-    """Return how a model's generation_config.json chooses tokens, as `generate` reads it: with
-    do_sample, of the 50 likeliest tokens unless it says otherwise, else greedily.
-    """
-    path = language_model.folder / "generation_config.json"
-    found = read_settings(path) if path.exists() else {}
-    draws = found.get("do_sample") is True
-    known = {"temperature": 1.0, "top_k": 50} if draws else {}
-    given = {name: found[name] for name in SAMPLING_NAMES if found.get(name) is not None}
-    return {
-        name: value
-        for name, value in {**known, **given}.items()
-        if (draws or name not in ONLY_WHEN_DRAWING) and value != NO_EFFECT.get(name)
-    }
-
-
 def find_special_ids(
     special_ids: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase | Tokenizer,
@@ -346,7 +310,7 @@ def read_bias(biases: list[str], language_model: LanguageModel) -> tuple[tuple[i
     return tuple(numbers.items())
 
 
-def banned_runs(words: list[str], language_model: LanguageModel) -> tuple[tuple[int, ...], ...]:
+def tokens_of_words(words: list[str], language_model: LanguageModel) -> tuple[tuple[int, ...], ...]:
     """Return the tokens of each word of --ban-words: at the start of a text, and after a space."""
     texts = (before + word.strip() for word in words for before in ("", " "))
     runs = [tuple(token_ids(text, language_model)) for text in texts]

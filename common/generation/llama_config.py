@@ -60,8 +60,8 @@ def read_transformer(config: Mapping[str, Any], weights: Mapping[str, Tensor | M
     kind of model, a weight that is not used here, a weight that is missing.
     """
     check_config(config)
-    num_layers = number_of(config, "num_hidden_layers")
-    num_heads = number_of(config, "num_attention_heads")
+    num_layers = read_number(config, "num_hidden_layers")
+    num_heads = read_number(config, "num_attention_heads")
     if config["model_type"] == "llama" and config.get("num_key_value_heads") is None:
         config = {**config, "num_key_value_heads": num_heads}  # the first Llamas
     named = NamedWeights(weights)
@@ -73,11 +73,11 @@ def read_transformer(config: Mapping[str, Any], weights: Mapping[str, Tensor | M
         head=head,
         norm=named.vector("model.norm.weight"),
         num_attention_heads=num_heads,
-        num_key_value_heads=number_of(config, "num_key_value_heads"),
-        head_dim=head_dim_of(config),
-        rms_norm_eps=positive_of(config, "rms_norm_eps"),
+        num_key_value_heads=read_number(config, "num_key_value_heads"),
+        head_dim=find_head_dim(config),
+        rms_norm_eps=read_positive(config, "rms_norm_eps"),
         rotary=read_rotary(config),
-        max_position_embeddings=number_of(config, "max_position_embeddings"),
+        max_position_embeddings=read_number(config, "max_position_embeddings"),
     )
     if named.unused:
         raise NotSupported(f"{min(named.unused)} is not used")
@@ -112,7 +112,7 @@ def read_layer(config: Mapping[str, Any], named: NamedWeights, number: int) -> L
         mlp_norm=named.vector(f"{prefix}.post_attention_layernorm.weight"),
         query_norm=named.vector(f"{attention}.q_norm.weight") if has_norms else None,
         key_norm=named.vector(f"{attention}.k_norm.weight") if has_norms else None,
-        window=window_of(config, number),
+        window=find_window(config, number),
     )
 
 
@@ -129,13 +129,13 @@ def check_config(config: Mapping[str, Any]) -> None:
         if config.get(name) not in (None, "eager", "sdpa"):
             raise NotSupported(f"its attention is {config[name]!r:.40}")
     pad_id = config.get("pad_token_id")
-    is_id = type(pad_id) is int and -1 <= pad_id < number_of(config, "vocab_size")
+    is_id = type(pad_id) is int and -1 <= pad_id < read_number(config, "vocab_size")
     if pad_id is not None and not is_id:
         raise NotSupported(f"its pad_token_id is {pad_id!r:.40}")
     read_rotary(config)
 
 
-def number_of(config: Mapping[str, Any], name: str) -> int:
+def read_number(config: Mapping[str, Any], name: str) -> int:
     """Return a setting that must be a positive whole number; raise NotSupported unless it is one."""
     value = config.get(name)
     if type(value) is not int or value < 1:
@@ -143,7 +143,7 @@ def number_of(config: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def positive_of(config: Mapping[str, Any], name: str) -> float:
+def read_positive(config: Mapping[str, Any], name: str) -> float:
     """Return a setting that must be a positive number; raise NotSupported unless it is one."""
     value = config.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -151,11 +151,11 @@ def positive_of(config: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
-def head_dim_of(config: Mapping[str, Any]) -> int:
+def find_head_dim(config: Mapping[str, Any]) -> int:
     """Return how many numbers a head has."""
     if config.get("head_dim") is not None or config["model_type"] == "qwen3":
-        return number_of(config, "head_dim")
-    return number_of(config, "hidden_size") // number_of(config, "num_attention_heads")
+        return read_number(config, "head_dim")
+    return read_number(config, "hidden_size") // read_number(config, "num_attention_heads")
 
 
 def biased_layers(config: Mapping[str, Any]) -> set[str]:
@@ -167,17 +167,17 @@ def biased_layers(config: Mapping[str, Any]) -> set[str]:
     return attention | ({"mlp"} if has_mlp else set())
 
 
-def window_of(config: Mapping[str, Any], layer: int) -> int | None:
+def find_window(config: Mapping[str, Any], layer: int) -> int | None:
     """Return how many columns a layer sees; None: all."""
     kind, layer_types = config["model_type"], config.get("layer_types")
     if kind == "llama" or (kind != "mistral" and not config.get("use_sliding_window", False)):
         return None
     if config.get("sliding_window", 0) is None:
         return None
-    is_sliding = kind == "mistral" or layer >= number_of(config, "max_window_layers")
+    is_sliding = kind == "mistral" or layer >= read_number(config, "max_window_layers")
     if layer_types is not None:
         is_sliding = layer_types[layer] == "sliding_attention"
-    return number_of(config, "sliding_window") if is_sliding else None
+    return read_number(config, "sliding_window") if is_sliding else None
 
 
 def read_rotary(config: Mapping[str, Any]) -> Rotary:
@@ -190,13 +190,13 @@ def read_rotary(config: Mapping[str, Any]) -> Rotary:
     if not isinstance(settings, Mapping):
         raise NotSupported("its rope_parameters are no settings")
     kind = settings.get("rope_type", settings.get("type", "default"))
-    base = positive_of({"rope_theta": config.get("rope_theta"), **settings}, "rope_theta")
+    base = read_positive({"rope_theta": config.get("rope_theta"), **settings}, "rope_theta")
     if (settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise NotSupported("its heads are rotated in part")
-    size = head_dim_of(config)
+    size = find_head_dim(config)
     frequencies = 1.0 / (base ** (torch.arange(0, size, 2, dtype=torch.float) / size))
     if kind == "linear":
-        return Rotary(frequencies / positive_of(settings, "factor"))
+        return Rotary(frequencies / read_positive(settings, "factor"))
     if kind == "llama3":
         return Rotary(scale_as_llama3(frequencies, settings))
     if kind == "yarn":
@@ -210,10 +210,10 @@ def scale_as_llama3(frequencies: Tensor, settings: Mapping[str, Any]) -> Tensor:
     """Return frequencies (D / 2) for longer texts: slow ones divided by a factor, quick ones kept,
     and between the two a mixture (Llama 3.1).
     """
-    factor = positive_of(settings, "factor")
-    length = number_of(settings, "original_max_position_embeddings")
-    slow = positive_of(settings, "low_freq_factor")
-    quick = positive_of(settings, "high_freq_factor")
+    factor = read_positive(settings, "factor")
+    length = read_number(settings, "original_max_position_embeddings")
+    slow = read_positive(settings, "low_freq_factor")
+    quick = read_positive(settings, "high_freq_factor")
     turns = length * frequencies / (2 * math.pi)  # full turns within a text of the training
     share = ((turns - slow) / (quick - slow)).clamp(0, 1)  # of the unscaled frequency
     return (1 - share) * frequencies / factor + share * frequencies
@@ -223,8 +223,8 @@ def scale_as_yarn(frequencies: Tensor, base: float, size: int, settings: Mapping
     """Return angles for longer texts: as in Llama 3.1, but the share falls with the number of the
     pair, and cosines and sines grow a little (Peng et al. 2023).
     """
-    factor = positive_of(settings, "factor")
-    length = number_of(settings, "original_max_position_embeddings")
+    factor = read_positive(settings, "factor")
+    length = read_number(settings, "original_max_position_embeddings")
     known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
     if unknown := set(settings) - known:
         raise NotSupported(f"its positions have the setting {min(unknown)}")
@@ -241,7 +241,7 @@ def check_sizes(model: Transformer, config: Mapping[str, Any]) -> None:
     """Raise NotSupported for sizes that do not fit the config or each other, as of a broken file."""
     sizes = (model.embedding.rows, model.embedding.columns, model.layers[0].gate.matrix.rows)
     for name, expected in zip(("vocab_size", "hidden_size", "intermediate_size"), sizes):
-        if number_of(config, name) != expected:
+        if read_number(config, name) != expected:
             raise NotSupported(f"its {name} is {config[name]}, and its weights have {expected}")
     width, size = model.embedding.columns, model.head_dim
     num_heads, num_key_heads = model.num_attention_heads, model.num_key_value_heads

@@ -13,8 +13,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,33 +67,26 @@ def show_summary(run: Run, runtime: Runtime) -> None:
 # Lines of the file --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Record:
-    """What the output file says of each text besides the text: the run's seed and settings."""
+def make_line(row: Completion, *, seed: int, batch_seed: int, settings: dict) -> dict:
+    """Return what is written for one text, as JSON takes it: with it, what the run depends on.
 
-    seed: int
-    settings: dict
-
-    def line(self, row: Completion, *, batch_seed: int) -> dict:
-        """Return what is written for one text, as JSON takes it.
-
-        `batch_seed` is the seed of its batch: with it as --seed, this batch alone is drawn again.
-        """
-        line = {
-            "prompt_number": row.prompt.number + 1,
-            "sample": row.sample + 1,
-            "prompt": row.prompt.text,
-            **row.prompt.cells,
-            "text": row.text,
-            "token_ids": row.token_ids,
-            "finish_reason": row.finish_reason,
-            "seed": self.seed,
-            "batch_seed": batch_seed,
-            "settings": self.settings,
-        }
-        prompt = row.prompt
-        more = {"messages": prompt.messages, "error": prompt.problem, "logprobs": row.logprobs}
-        return line | {name: value for name, value in more.items() if value}
+    `batch_seed` is the seed of its batch: with it as --seed, this batch alone is drawn again.
+    """
+    prompt = row.prompt
+    line = {
+        "prompt_number": prompt.number + 1,
+        "sample": row.sample + 1,
+        "prompt": prompt.text,
+        **prompt.cells,
+        "text": row.text,
+        "token_ids": row.token_ids,
+        "finish_reason": row.finish_reason,
+        "seed": seed,
+        "batch_seed": batch_seed,
+        "settings": settings,
+    }
+    more = {"messages": prompt.messages, "error": prompt.problem, "logprobs": row.logprobs}
+    return line | {name: value for name, value in more.items() if value}
 
 
 def gather(lines: list[dict], runtime: Runtime) -> list[dict]:
@@ -213,16 +205,16 @@ class OutputFile:
                 " cannot continue it; name another file"
             )
 
-    def resume(self, rows: Iterable[Completion], record: Record, *, texts_per_batch: int) -> None:
+    def resume(self, expected: Iterator[dict], *, texts_per_batch: int) -> None:
         """Keep the lines of whole batches in `lines`, and remove what follows them.
 
-        `rows` are the texts of the whole run, still empty. Only what this run has written is
-        removed: the lines of a batch that is not whole, and a last line that an interruption cut
-        short. Raises UserError, and leaves the file as it is, if it holds anything else.
+        `expected` are the lines of the whole run, whose texts are still empty. Only what this run has
+        written is removed: the lines of a batch that is not whole, and a last line that an
+        interruption cut short. Raises UserError, and leaves the file as it is, if it holds anything
+        else.
         """
         self.file.seek(0)
         *encoded, rest = self.file.read().split(b"\n")
-        expected = (record.line(row, batch_seed=record.seed) for row in rows)
         lines = []
         for number, line in enumerate(encoded, start=1):
             wanted = next(expected, None)

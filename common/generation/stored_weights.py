@@ -76,7 +76,7 @@ class Matrix:
         return Matrix(self.kind, rows, self.columns, data)
 
 
-def matrix_of(weight: Tensor) -> Matrix:
+def as_matrix(weight: Tensor) -> Matrix:
     """Return a tensor (rows, columns) of a floating-point dtype as a matrix, without copying it."""
     rows, columns = weight.shape
     return Matrix(KIND_OF_DTYPE[weight.dtype], rows, columns, weight.contiguous())
@@ -136,7 +136,7 @@ def unpack(matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:
 
 def convert(matrix: Matrix, dtype: torch.dtype) -> Matrix:
     """Return a matrix in a dtype: rounded, or widened."""
-    return matrix_of(matrix.widen().to(dtype))
+    return as_matrix(matrix.widen().to(dtype))
 
 
 # --- GGUF files
@@ -287,7 +287,7 @@ def _packed(weight: _Groups | Tensor) -> Matrix | Tensor:
     if isinstance(weight, _Groups):
         return pack(weight.kind, weight.numbers, weight.scales, weight.minimums)
     if weight.dim() == 2:
-        return matrix_of(weight)
+        return as_matrix(weight)
     return weight
 
 
@@ -426,7 +426,7 @@ def read_folder(folder: Path, source: str) -> dict[str, Matrix | Tensor]:
                 raise NotSupported(f"{name}, of {tensor.numel()} numbers in {tensor.dtype}")
             if not torch.stack(torch.aminmax(tensor)).isfinite().all():
                 raise NotSupported(f"{name}, which is not finite")
-            weights[name] = matrix_of(tensor) if tensor.dim() == 2 else tensor
+            weights[name] = as_matrix(tensor) if tensor.dim() == 2 else tensor
     return weights
 
 

@@ -11,7 +11,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from common import bundled, reading, sources
+from common import bundled, cli, reading, sources
 from common.columns import split_columns
 from common.errors import UserError, first_repeated
 from common.files import check_new
@@ -28,7 +28,7 @@ from common.search.manifest import (
     read_manifest,
     store_of,
 )
-from common.search.search_flags import file_options, kept_of, overlap_of
+from common.search.search_flags import kept_of, overlap_of
 from common.search.words import AUTO, LANGUAGES
 
 # what the processes of torchrun do together, and what a collection in Milvus can do
@@ -212,7 +212,7 @@ def check_texts(args: argparse.Namespace) -> None:
         if bundled.is_bundled(name):
             sources.check_data(name, flag="TEXTS")
         elif not Path(name).is_dir():
-            options, column = file_options(args), args.text_column
+            options, column = cli.file_options(args), args.text_column
             sources.check_texts(name, any_suffix=options.is_table)
             # "title,text" is the name of a column, or of two
             wanted = {} if "," in column else {column: "--text-column"}

@@ -468,10 +468,6 @@ def encoder_config(args: argparse.Namespace) -> EncoderConfig:
     )
 
 
-def file_options(args: argparse.Namespace) -> sources.FileOptions:
-    return sources.FileOptions(args.columns, args.delimiter, args.quoting, args.encoding)
-
-
 def limits_of(args: argparse.Namespace) -> Limits:
     return Limits(args.where_seconds, args.where_megabytes)
 
@@ -583,7 +579,7 @@ def read_texts(
         id_column=id_column,
         as_text=as_text,
         skip_bad=args.skip_bad,
-        options=file_options(args),
+        options=cli.file_options(args),
         cache_dir=args.cache_dir,
     )
 

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
@@ -382,17 +382,6 @@ def has_unused_parameters(model: torch.nn.Module, batch: Batch, runtime: Runtime
     unused = any(parameter.grad is None for parameter in trainable)
     model.zero_grad()
     return unused
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(message: str) -> Iterator[None]:
-    """Turn the error of an allocator that has no memory left into a UserError with this message."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(message) from error
 
 
 def memory_advice(config: BatchConfig, max_length: int, *, is_auto: bool) -> str:

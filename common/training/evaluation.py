@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from common.bert import BertClassifier
-from common.runtime import Runtime
+from common.runtime import Runtime, explain_out_of_memory
 from common.training import batching
 from common.training.checkpoint import StopSignals
 from common.training.classifier import AnyModel, task_of_model
@@ -82,7 +82,7 @@ def predict_logits(
     pin_memory = runtime.device.type == "cuda"
     loader = batching.make_loader(rows, batches, classifier.tokenizer, pin_memory=pin_memory)
     advice = f"--eval-batch-size {batch_size}: a batch does not fit into memory; use less"
-    with batching.explain_out_of_memory(advice):
+    with explain_out_of_memory(advice):
         bar = progress(loader, label="evaluating", shown=runtime.is_main)
         for picks, batch in zip(batches, bar):
             if signals is not None:

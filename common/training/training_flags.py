@@ -14,7 +14,6 @@ from typing import Literal
 from common import bundled, cli, hub, reading, sources
 from common.columns import add_kept_flags, split_columns
 from common.errors import UserError
-from common.sources import FileOptions
 from common.training import predictions, study
 from common.training.run import (
     CONFIG,
@@ -350,11 +349,11 @@ def check_flags(args: argparse.Namespace) -> None:
         sources.check_model(args.compare_tokenizer, kind=kind, flag="--compare-tokenizer")
     if not args.evaluate_only and args.predict is None:  # else as the saved model was trained
         check_text_columns(args.text_column, args.text_mode)
-    is_table = file_options(args).is_table
+    is_table = cli.file_options(args).is_table
     if args.predict is not None:  # an empty name is a mistake, not a wish to train
         sources.check_texts(args.predict, any_suffix=is_table)
         check_output_flags(args)
-        options = file_options(args)
+        options = cli.file_options(args)
         reading.check_columns(args.predict, {}, as_text=(), options=options)
         return
     for flag in OF_PREDICTIONS:
@@ -374,7 +373,7 @@ def check_files(args: argparse.Namespace) -> None:
     it lacks, as its beginning shows; a test split may have no labels.
     """
     texts, labels = split_columns(args.text_column), split_columns(args.label_column)
-    both, options = [*texts, *labels], file_options(args)
+    both, options = [*texts, *labels], cli.file_options(args)
     files = {"train": args.dataset, "validation": args.validation_file, "test": args.test_file}
     is_known = not (args.evaluate_only or args.train_split or args.test_split or args.validation_split)
     for split, name in files.items():
@@ -384,11 +383,6 @@ def check_files(args: argparse.Namespace) -> None:
         if is_known and split != "test":
             wanted |= dict.fromkeys(labels, "--label-column")
         reading.check_columns(name, wanted, as_text=both, options=options, source=f"split {split}")
-
-
-def file_options(args: argparse.Namespace) -> FileOptions:
-    """Return how the flags say that data files are written."""
-    return FileOptions(args.columns, args.delimiter, args.quoting, args.encoding)
 
 
 def check_hub_flags(args: argparse.Namespace) -> None:

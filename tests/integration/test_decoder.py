@@ -20,7 +20,7 @@ from common.errors import NotSupported
 from common.generation import fast_decoding, language_model
 from common.generation.fast_decoding import CompiledModel, Kernel
 from common.generation.llama import Positions, reference_step
-from common.generation.stored_weights import KIND_OF_DTYPE, KINDS, TILE, Matrix, convert, matrix_of, pack
+from common.generation.stored_weights import KIND_OF_DTYPE, KINDS, TILE, Matrix, as_matrix, convert, pack
 from common.runtime import Runtime
 from conftest import heavy
 from language_models import SIZES, VOCABULARY, needs_compiler, own_transformer, save_tiny_model
@@ -77,7 +77,7 @@ def random_matrix(kind: str, rows: int, columns: int, seed: int = 0) -> Matrix:
     """Return a matrix with numbers of the whole range of its kind."""
     generator = torch.Generator().manual_seed(seed)
     if kind not in ("groups4", "groups8"):
-        return matrix_of(torch.randn(rows, columns, generator=generator).to(DTYPES[kind]))
+        return as_matrix(torch.randn(rows, columns, generator=generator).to(DTYPES[kind]))
     low, high = (0, 16) if kind == "groups4" else (-128, 128)
     numbers = torch.randint(low, high, (rows, columns), generator=generator, dtype=torch.int16)
     scales = torch.randn(2, rows, columns // 32, generator=generator).half()
@@ -190,9 +190,9 @@ def test_matrices_are_widened_exactly(kind, kernel):
 def test_the_smallest_fp16_numbers_survive(kernel):
     """Subnormal ones: a scale of a group can be one."""
     numbers = torch.tensor([[6e-8, -6e-8, 3e-5, 6e-5, 65504.0, -0.0, 1.0, 2.0]]).half()
-    matrix = matrix_of(numbers)
+    matrix = as_matrix(numbers)
     assert torch.equal(widen(kernel, matrix), numbers.float())
-    assert torch.equal(multiply(kernel, matrix_of(numbers.T.contiguous()), torch.ones(1, 1)), numbers.float())
+    assert torch.equal(multiply(kernel, as_matrix(numbers.T.contiguous()), torch.ones(1, 1)), numbers.float())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -252,7 +252,7 @@ def in_kind(model: Any, kind: str) -> dict[str, Matrix]:
         if parameter.dim() != 2:
             continue
         if not kind.startswith("groups"):
-            matrices[name] = convert(matrix_of(parameter), DTYPES[kind])
+            matrices[name] = convert(as_matrix(parameter), DTYPES[kind])
             continue
         # rounded to groups in the simplest way: the reference gets the same numbers
         groups = parameter.reshape(len(parameter), -1, 32)

@@ -40,7 +40,7 @@ from common import compiler
 from common.generation import fast_decoding
 from common.generation.fast_decoding import CompiledModel, Kernel
 from common.generation.llama import Transformer
-from common.generation.stored_weights import KINDS, Matrix, matrix_of, pack
+from common.generation.stored_weights import KINDS, Matrix, as_matrix, pack
 from language_models import needs_compiler, own_transformer
 
 pytestmark = needs_compiler
@@ -267,7 +267,7 @@ def digit_checks() -> Iterator[Check]:
             )
         )
     halves = torch.tensor([[6e-8, -6e-8, 3e-5, 6e-5, 65504.0, -0.0, 1.0, 2.0]]).half()
-    matrix = matrix_of(halves)
+    matrix = as_matrix(halves)
     yield lambda kernel: torch.equal(widen(kernel, matrix), halves.float())
 
 

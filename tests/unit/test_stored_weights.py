@@ -122,7 +122,7 @@ def test_a_folder_of_weights_is_read_as_it_was_written(tmp_path):
     weights = {
         "four": pack("groups4", *random_groups("groups4", 19, 64)),
         "eight": pack("groups8", *random_groups("groups8", 5, 32)),
-        "half": stored_weights.matrix_of(torch.randn(3, 5).half()),
+        "half": stored_weights.as_matrix(torch.randn(3, 5).half()),
         "vector": torch.randn(7),
     }
     stored_weights.write_weights(tmp_path / "file", weights)
