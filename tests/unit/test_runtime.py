@@ -11,6 +11,7 @@ from common.errors import UserError
 from common.runtime import (
     choose_device,
     deterministic,
+    explain_out_of_memory,
     give_back_memory,
     keep_large_blocks,
     used_memory_bytes,
@@ -73,3 +74,17 @@ def test_freed_memory_is_kept_until_it_is_given_back():
     kept = used_memory_bytes(cpu)
     give_back_memory()
     assert whole - kept < 16 << 20 and kept - used_memory_bytes(cpu) > 48 << 20
+
+
+def test_a_lack_of_memory_is_told_by_the_innermost_block():
+    """Evaluation within training knows which flag helps; other mistakes and bugs stay what they are."""
+    with (
+        pytest.raises(UserError, match="^lower --eval-batch-size$"),
+        explain_out_of_memory("lower --batch-size"),
+        explain_out_of_memory("lower --eval-batch-size"),
+    ):
+        raise torch.OutOfMemoryError("no memory")
+    for error in (UserError("another mistake"), RuntimeError("a bug"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught, explain_out_of_memory("lower --batch-size"):
+            raise error
+        assert caught.value is error
