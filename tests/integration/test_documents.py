@@ -49,6 +49,7 @@ ONLY_PARSED = {
     "--vectors vectors.npy": "needs what the command before it exports; test_export.py runs both",
     "--index milvus:": "needs Milvus; tests/integration/test_milvus.py runs these commands",
     "--dataset reviews.csv": "the reader's own file",
+    "--prompts-file reviews.csv": "the reader's own file; test_prompts.py makes some",
     "questions.csv": "the reader's own file",
     "--interactive": "asks at a terminal",
     "--num-samples 3": "generates for a minute",
