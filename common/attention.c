@@ -6,7 +6,8 @@
 // again, in squares of TILE queries and keys that stay in the cache. What makes it fast is `multiply`, whose
 // sums stay in registers; a head's numbers are first laid out so that it reads them in order.
 //
-// Shapes: B texts, H heads, T tokens, D numbers of a head.
+// Shapes: B texts, H heads, T tokens, D numbers of a head: 32, as in MiniLM, a constant that lets the
+// compiler unroll its loops. With heads of 64 it gained nothing.
 
 #include <math.h>
 #include <stdatomic.h>
@@ -24,13 +25,14 @@ enum { ROWS = 6, TILE = 48 };
 #define LANES 4
 enum { ROWS = 6, TILE = 48 };
 #endif
+enum { SIZE = 32 };                             // D
 enum { WIDE = 2 * LANES, QUERIES = 2 * ROWS };  // columns of `multiply`, and queries of `forward` at a time
 static const float NOTHING = -1e30f;            // added to the score of a key that only fills a vector
 
 // What attention.py describes with ctypes, field by field. Query, key and value are (B, H, T, D) with these
 // strides in numbers, and D numbers together; all others are contiguous.
 typedef struct {
-    int32_t texts, heads, length, size;  // B, H, T, D: a multiple of 32
+    int32_t texts, heads, length;  // B, H, T
     int64_t text_stride, head_stride, row_stride;
     float scale;
     const float *query, *key, *value;
@@ -165,7 +167,8 @@ static float soften(float *scores, const float *bias, int keys, float *log_sum) 
     return sum;
 }
 
-INLINE void forward(const Attention *job, int text, int head, float *memory, const int size) {
+static void forward(const Attention *job, int text, int head, float *memory) {
+    const int size = SIZE;
     int length = job->length, keys = round_up(length, WIDE);
     int64_t begin = text * job->text_stride + head * job->head_stride, stride = job->row_stride;
     float *columns = memory, *values = columns + keys * size, *bias = values + keys * size;
@@ -197,7 +200,8 @@ INLINE void forward(const Attention *job, int text, int head, float *memory, con
 }
 
 // With P the probabilities, dP = dO V^T and dS = P (dP - sum of dO O): dV = P^T dO, dK = dS^T Q, dQ = dS K.
-INLINE void backward(const Attention *job, int text, int head, float *memory, const int size) {
+static void backward(const Attention *job, int text, int head, float *memory) {
+    const int size = SIZE;
     int length = job->length, keys = round_up(length, WIDE), rows = round_up(length, ROWS);
     int64_t begin = text * job->text_stride + head * job->head_stride, stride = job->row_stride;
     int64_t own = ((int64_t)text * length * job->heads + head) * size, step = (int64_t)job->heads * size;
@@ -271,22 +275,17 @@ INLINE void backward(const Attention *job, int text, int head, float *memory, co
 
 // Compute the heads that no other thread has taken. Return 1 if there is too little memory, else 0.
 int attend(Attention *job, int is_backward) {
-    size_t size = job->size, longest = round_up(round_up(job->length, WIDE), ROWS);
+    size_t size = SIZE, longest = round_up(round_up(job->length, WIDE), ROWS);
     size_t numbers = is_backward ? longest * (6 * size + 3) + (size_t)TILE * (2 * size + 2 * TILE)
                                  : longest * (2 * size + 1 + QUERIES) + 2 * QUERIES * size;
     float *memory = calloc(numbers, sizeof(float));
     if (!memory) return 1;
     for (int task; (task = atomic_fetch_add(&job->next, 1)) < job->texts * job->heads;) {
         int text = task / job->heads, head = task % job->heads;
-        // a constant size lets the compiler unroll its loops
-        if (is_backward && size == 32)
-            backward(job, text, head, memory, 32);
-        else if (is_backward)
-            backward(job, text, head, memory, job->size);
-        else if (size == 32)
-            forward(job, text, head, memory, 32);
+        if (is_backward)
+            backward(job, text, head, memory);
         else
-            forward(job, text, head, memory, job->size);
+            forward(job, text, head, memory);
     }
     free(memory);
     return 0;

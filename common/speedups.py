@@ -62,7 +62,7 @@ def has_served_heads(model: "PreTrainedModel") -> bool:
     """
     heads, width = (getattr(model.config, name, 0) for name in ("num_attention_heads", "hidden_size"))
     is_open = model.config._attn_implementation in ("sdpa", NAME)
-    return bool(is_open and heads and width % heads == 0 and width // heads % compiled.SIZES == 0)
+    return bool(is_open and heads and width % heads == 0 and width // heads == compiled.SIZE)
 
 
 def _register(model: "PreTrainedModel", name: str, function: Callable) -> None:

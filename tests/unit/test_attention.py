@@ -26,7 +26,7 @@ def library(request, tmp_path_factory, cache_dir):
         return attention.load_library.__wrapped__(str(tmp_path_factory.mktemp("cache")))
 
 
-def make(texts: int, length: int, heads: int, size: int) -> Parts:
+def make(texts: int, length: int, heads: int, size: int = 32) -> Parts:
     """Return query, key, value (B, H, T, D) and the gradient of the output (B, T, H, D)."""
     generator = torch.Generator().manual_seed(length + size)
     *parts, grad = torch.randn(4, texts, length, heads, size, generator=generator)
@@ -53,25 +53,24 @@ def fused(query, key, value, bias, scale) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("size", [32, 64, 96])
 @pytest.mark.parametrize("length", [1, 5, 16, 47, 48, 49, 96, 101, 130])
-def test_outputs_and_gradients_are_those_of_float64(length, size, masked, library):
+def test_outputs_and_gradients_are_those_of_float64(length, masked, library):
     """As near as those of PyTorch's own kernel."""
-    *parts, grad = make(2, length, 3, size)
+    *parts, grad = make(2, length, 3)
     bias = bias_of_keys(ends(2, length)) if masked else None
     doubled = None if bias is None else bias.double()
     exact = differentiate(
-        attention.reference, [part.double() for part in parts], grad.double(), doubled, size**-0.5
+        attention.reference, [part.double() for part in parts], grad.double(), doubled, 32**-0.5
     )
-    ours = differentiate(CompiledAttention.apply, parts, grad, bias, size**-0.5, library)
-    theirs = differentiate(fused, parts, grad, bias, size**-0.5)
+    ours = differentiate(CompiledAttention.apply, parts, grad, bias, 32**-0.5, library)
+    theirs = differentiate(fused, parts, grad, bias, 32**-0.5)
     for name, right, own, other in zip(("output", "query", "key", "value"), exact, ours, theirs):
         most = 3 * (other - right).abs().max() + 1e-6 * right.abs().max() + 1e-6
         assert (own - right).abs().max() <= most, name
 
 
 def test_large_scores_are_no_overflow(library):
-    *parts, grad = make(1, 50, 2, 32)
+    *parts, grad = make(1, 50, 2)
     parts = [100 * parts[0], *parts[1:]]
     exact = differentiate(attention.reference, [part.double() for part in parts], grad.double(), None, 1.0)
     for right, own in zip(exact, differentiate(CompiledAttention.apply, parts, grad, None, 1.0, library)):
@@ -80,14 +79,14 @@ def test_large_scores_are_no_overflow(library):
 
 @pytest.mark.parametrize("which", range(3))
 def test_what_is_not_a_number_stays_none(which, library):
-    *parts, grad = make(1, 20, 1, 32)
+    *parts, grad = make(1, 20, 1)
     parts[which][0, 0, 3, 7] = torch.nan
     output, *grads = differentiate(CompiledAttention.apply, parts, grad, None, 1.0, library)
     assert output.isnan().any() and any(grad.isnan().any() for grad in grads)
 
 
 def test_any_layout_and_number_of_threads_gives_the_same_bits(library):
-    *parts, grad = make(3, 70, 4, 32)
+    *parts, grad = make(3, 70, 4)
     bias = bias_of_keys(ends(3, 70))
     first = differentiate(CompiledAttention.apply, parts, grad, bias, 0.2, library)
     fused_rows = torch.stack([part.transpose(1, 2) for part in parts], 2)  # (B, T, 3, H, D), as one product
@@ -108,7 +107,7 @@ def test_any_layout_and_number_of_threads_gives_the_same_bits(library):
 
 
 def test_it_is_taken_for_what_it_computes_alone():
-    query, key, value = (part.requires_grad_() for part in make(2, 40, 4, 32)[:3])
+    query, key, value = (part.requires_grad_() for part in make(2, 40, 4)[:3])
     mask = ends(2, 40)
     assert is_served(query, key, value, None) and is_served(query, key, value, mask)
     assert is_served(query, key, value, mask.expand(-1, 4, 40, -1))
@@ -119,7 +118,7 @@ def test_it_is_taken_for_what_it_computes_alone():
     assert not is_served(query, key[:, :2], value[:, :2], None)  # heads that share keys
     assert not is_served(query.bfloat16(), key.bfloat16(), value.bfloat16(), None)
     assert not is_served(query.double(), key.double(), value.double(), None)
-    assert not is_served(*(part[..., :16] for part in (query, key, value)), None)
+    assert not is_served(*(part.requires_grad_() for part in make(2, 40, 4, 64)[:3]), None)
     with torch.no_grad():
         assert not is_served(query, key, value, None)
 
