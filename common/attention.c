@@ -25,6 +25,8 @@ enum { ROWS = 6, TILE = 48 };
 #define LANES 4
 enum { ROWS = 6, TILE = 48 };
 #endif
+#include "vectors.h"
+
 enum { SIZE = 32 };                             // D
 enum { WIDE = 2 * LANES, QUERIES = 2 * ROWS };  // columns of `multiply`, and queries of `forward` at a time
 static const float NOTHING = -1e30f;            // added to the score of a key that only fills a vector
@@ -42,52 +44,6 @@ typedef struct {
     float *query_grad, *key_grad, *value_grad;
     _Atomic int32_t next;  // the head that the next free thread takes
 } Attention;
-
-// --- Vectors of LANES numbers: GCC and Clang translate + - * for every processor
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef Floats AnyFloats __attribute__((aligned(1), may_alias));
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE Floats load(const float *from) { return *(const AnyFloats *)from; }
-INLINE void store(float *to, Floats numbers) { *(AnyFloats *)to = numbers; }
-
-INLINE Floats splat(float x) {  // written out: 0 + x would be an addition, and a loop moves lane by lane
-#if LANES == 16
-    return (Floats){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
-#elif LANES == 8
-    return (Floats){x, x, x, x, x, x, x, x};
-#else
-    return (Floats){x, x, x, x};
-#endif
-}
-
-INLINE Floats choose(Ints mask, Floats yes, Floats no) {
-    return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no));
-}
-
-INLINE float sum_of(Floats numbers) {
-    float sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += numbers[lane];
-    return sum;
-}
-
-// exp(x) for x up to 0, and 0 below -87: the polynomial of Cephes, off by at most 2 units
-INLINE Floats exponential(Floats x) {
-    Ints is_nothing = x < -87.0f;
-    x = choose(is_nothing, splat(-87.0f), x);
-    Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number
-    Floats power = shifted - 12582912.0f;
-    Floats rest = x - power * 0.693359375f + power * 2.12194440e-4f;
-    Floats y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * rest + 8.3334519073e-3f;
-    y = y * rest + 4.1665795894e-2f;
-    y = y * rest + 1.6666665459e-1f;
-    y = y * rest + 5.0000001201e-1f;
-    y = y * rest * rest + rest + 1.0f;
-    return choose(is_nothing, (Floats){0}, (Floats)((Ints)y + ((Ints)shifted << 23)));
-}
 
 // --- A product of matrices
 
@@ -139,6 +95,9 @@ static void copy_bias(const Attention *job, int text, int padded, float *to) {
 
 // --- The two passes, for one head of one text
 
+// exp(x) for x up to 0, and 0 below -87
+INLINE Floats probability_of(Floats x) { return choose(x < -87.0f, (Floats){0}, exponential(x)); }
+
 INLINE Floats larger(Floats one, Floats other) { return choose(one > other, one, other); }
 
 // Make probabilities, not yet divided by their sum, of a query's scores (keys); return the sum, and write
@@ -158,7 +117,7 @@ static float soften(float *scores, const float *bias, int keys, float *log_sum) 
     for (int key = 0; key < keys; key += WIDE)
         for (int part = 0; part < 2; part++) {
             float *place = scores + key + part * LANES;
-            Floats probability = exponential(load(place) - largest);
+            Floats probability = probability_of(load(place) - largest);
             store(place, probability);
             sums[part] += probability;
         }
@@ -219,8 +178,8 @@ static void backward(const Attention *job, int text, int head, float *memory) {
     copy_rows(job->output_grad + own, step, length, rows, size, 1, grads);
     copy_bias(job, text, keys, bias);
     memset(query_grads, 0, (size_t)rows * size * sizeof(float));
+    // of rows that only fill the last block all numbers are 0: they add nothing to any gradient
     for (int row = 0; row < rows; row++) {
-        log_sums[row] = -NOTHING;  // of a row that only fills the last block: no probabilities
         Floats sums = {0};
         if (row < length) {
             log_sums[row] = job->log_sums[((int64_t)text * length + row) * job->heads + head];
@@ -244,7 +203,7 @@ static void backward(const Attention *job, int text, int head, float *memory) {
             for (int i = 0; i < num_rows; i++)
                 for (int j = 0; j < num_keys; j += LANES) {
                     Floats score = load(p + i * TILE + j) + load(bias + key + j);
-                    Floats probability = exponential(score - log_sums[row + i]);
+                    Floats probability = probability_of(score - log_sums[row + i]);
                     store(p + i * TILE + j, probability);
                     store(ds + i * TILE + j, probability * (load(ds + i * TILE + j) - products[row + i]));
                 }

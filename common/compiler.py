@@ -20,6 +20,8 @@ from common.files import cache_home
 
 # contracting lets the compiler use fused multiply-add; numbers keep their order otherwise
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
+VECTORS = Path(__file__).with_name("vectors.h")  # which the sources include
+INCLUDES = [f"-I{VECTORS.parent}"]
 COMPILE_SECONDS = 120  # it takes 2 to 4
 
 
@@ -64,7 +66,7 @@ def load(
     cache can't be written, the file lives as long as it takes to load it.
     """
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    key = "\n".join([source.read_text("utf-8"), *FLAGS, native, processor()])
+    key = "\n".join([source.read_text("utf-8"), VECTORS.read_text("utf-8"), *FLAGS, native, processor()])
     name = f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
     folder = cache_home(cache_dir) / "kernels"
     try:
@@ -81,7 +83,7 @@ def load(
         scratch = tempfile.TemporaryDirectory()
     with scratch as scratch_name:
         compiled = Path(scratch_name) / name
-        compile_file([*compiler, *FLAGS, native, str(source), "-o", str(compiled), "-lm"])
+        compile_file([*compiler, *FLAGS, *INCLUDES, native, str(source), "-o", str(compiled), "-lm"])
         try:
             library = declare(ctypes.CDLL(str(compiled)))  # stays loaded when the file is gone
         except (OSError, AttributeError) as error:

@@ -102,6 +102,20 @@ def with_defaults(flags: tuple, defaults: dict) -> list:
     return [*flags, *(part for flag in missing.items() for part in flag)]
 
 
+def generate_on_cpu(flags: tuple, model: Path, max_new_tokens: int) -> int:
+    """Run generate.py in this process, with these values where no flag says else; return its exit code."""
+    import generate
+
+    defaults = {"--model": model, "--device": "cpu", "--precision": "fp32"}
+    return exit_code_in_process(
+        generate, with_defaults(flags, {**defaults, "--max-new-tokens": max_new_tokens})
+    )
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 def heavy(*values, **options):
     """Return one of a test's many cases that is left to the heavy proofs (`-m slow`)."""
     return pytest.param(*values, marks=pytest.mark.slow, **options)

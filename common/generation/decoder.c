@@ -41,6 +41,8 @@
 #define LANES 4
 #endif
 
+#include "vectors.h"
+
 enum { FP32, FP16, BF16, GROUPS4, GROUPS8 };  // how a matrix is stored
 enum { MAX_ROWS = 128, TILE = 16, GROUP = 32, PARTS = TILE / LANES };
 enum { WIDE_ROWS = 8, WIDE_COLUMNS = 192 };  // fewer rows are not worth widening; columns widened at once
@@ -95,28 +97,12 @@ typedef struct {
     float *logits;                                     // (rows - first_logits, vocabulary)
 } Step;
 
-// --- Vectors of LANES numbers: GCC and Clang translate + - * / for every processor
+// --- Vectors of numbers in other formats
 
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
-typedef Floats AnyFloats __attribute__((aligned(1), may_alias));
 typedef Shorts AnyShorts __attribute__((aligned(1), may_alias));
-#define INLINE static inline __attribute__((always_inline))
 
-INLINE Floats load(const float *from) { return *(const AnyFloats *)from; }
-INLINE void store(float *to, Floats numbers) { *(AnyFloats *)to = numbers; }
-INLINE Floats splat(float number) { return (Floats){0} + number; }
 INLINE Floats to_floats(Ints numbers) { return __builtin_convertvector(numbers, Floats); }
-INLINE Floats choose(Ints mask, Floats yes, Floats no) {
-    return (Floats)((mask & (Ints)yes) | (~mask & (Ints)no));
-}
-
-INLINE float sum_of(Floats numbers) {
-    for (int half = LANES / 2; half; half /= 2)  // in pairs, which need not wait for each other
-        for (int lane = 0; lane < half; lane++) numbers[lane] += numbers[lane + half];
-    return numbers[0];
-}
 
 INLINE Floats from_bf16(const uint16_t *from) {  // the upper half of an fp32 number
 #if LANES == 16
@@ -154,21 +140,6 @@ static float one_from(int kind, const void *data, int64_t index) {
     if (kind == FP32) return ((const float *)data)[index];
     uint16_t numbers[LANES] = {((const uint16_t *)data)[index]};
     return (kind == FP16 ? from_fp16(numbers) : from_bf16(numbers))[0];
-}
-
-// exp(x) for x from -87 to 88, limited to that: the polynomial of Cephes, off by at most 2 units
-INLINE Floats exponential(Floats x) {
-    x = choose(x < -87.0f, splat(-87.0f), choose(x > 88.0f, splat(88.0f), x));
-    Floats shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number
-    Floats power = shifted - 12582912.0f;
-    Floats rest = x - power * 0.693359375f + power * 2.12194440e-4f;
-    Floats y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-    y = y * rest + 8.3334519073e-3f;
-    y = y * rest + 4.1665795894e-2f;
-    y = y * rest + 1.6666665459e-1f;
-    y = y * rest + 5.0000001201e-1f;
-    y = y * rest * rest + rest + 1.0f;
-    return y * (Floats)(((Ints)shifted - 0x4b400000 + 127) << 23);
 }
 
 static float dot(const float *left, const float *right, int count) {

@@ -12,8 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import generate
-from conftest import exit_code_in_process, with_defaults, write_lines
+from conftest import generate_on_cpu, read_json_lines, write_lines
 from language_models import save_tiny_model
 from terminal import OnTerminal
 
@@ -33,15 +32,9 @@ def script(tiny, capsys):
     """Return a function that runs generate.py in this process; returns code, stdout, stderr."""
 
     def run(*flags) -> tuple[int, str, str]:
-        defaults = {"--model": tiny, "--device": "cpu", "--precision": "fp32", "--max-new-tokens": 12}
-        code = exit_code_in_process(generate, with_defaults(flags, defaults))
-        return code, *capsys.readouterr()
+        return generate_on_cpu(flags, tiny, 12), *capsys.readouterr()
 
     return run
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def write_prompts(path: Path, *rows: dict) -> Path:
@@ -59,7 +52,7 @@ def test_conversations_come_from_a_file(script, tiny, tmp_path):
     flags = ["--chat", "--prompts-file", file, "--output", out, "--batch-size", 2]
     code, _, stderr = script(*flags)
     assert code == 0, stderr
-    lines = lines_of(out)
+    lines = read_json_lines(out)
     tokenizer, model = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
     for messages, line in zip(conversations, lines, strict=True):
         goes_on = messages[-1]["role"] == "assistant"
@@ -109,13 +102,15 @@ def test_prompts_that_do_not_fit_are_left_out(script, tmp_path):
     left_out = re.findall(
         r"^generate.py: left out: (prompt [25]: the prompt has [\d,]+ tokens.*)$", stderr, re.M
     )
-    lines = lines_of(out)
+    lines = read_json_lines(out)
     assert [line.get("error", "") for line in lines] == ["", left_out[0], "", "", left_out[1]]
     assert [(x["text"], x["token_ids"]) for x in lines if "error" in x] == [("", [])] * 2
     assert [line["finish_reason"] == "refused" for line in lines] == [bool(x.get("error")) for x in lines]
     alone = tmp_path / "alone.jsonl"
     script("--prompts-file", write_lines(tmp_path / "y.txt", good), "--output", alone, "--batch-size", 1)
-    assert [x["token_ids"] for x in lines if "error" not in x] == [x["token_ids"] for x in lines_of(alone)]
+    assert [x["token_ids"] for x in lines if "error" not in x] == [
+        x["token_ids"] for x in read_json_lines(alone)
+    ]
     whole = out.read_bytes()
     out.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
     assert script(*flags, "--resume")[0] == 0 and out.read_bytes() == whole
@@ -147,10 +142,10 @@ def test_a_prompt_that_is_missing_is_left_out(name, content, place, flags, scrip
     if name == "x.csv":  # rows that are left out are numbered as in a spreadsheet, as with --predict
         place = "row 3"
     assert code == 0 and f"left out: {file}, {place}" in stderr
-    first, bad, last = lines_of(out)
+    first, bad, last = read_json_lines(out)
     assert bad["finish_reason"] == "refused" and f"{name}, {place}" in bad["error"]
     script("--prompts-file", write_lines(tmp_path / "y.txt", texts), "--output", alone, *flags)
-    assert [x["token_ids"] for x in (first, last)] == [x["token_ids"] for x in lines_of(alone)]
+    assert [x["token_ids"] for x in (first, last)] == [x["token_ids"] for x in read_json_lines(alone)]
 
 
 def test_a_conversation_that_the_template_refuses_is_left_out(script, tmp_path):
@@ -165,7 +160,7 @@ def test_a_conversation_that_the_template_refuses_is_left_out(script, tmp_path):
     flags = ["--model", tmp_path / "model", "--chat", "--prompts-file", file, "--skip-bad"]
     out = tmp_path / "out.jsonl"
     assert script(*flags, "--output", out)[0] == 0
-    assert ["one only" in line.get("error", "") for line in lines_of(out)] == [True, False]
+    assert ["one only" in line.get("error", "") for line in read_json_lines(out)] == [True, False]
 
 
 DEFAULTS = {  # name: (generation_config.json, flags, what generate is given, what the note holds)
@@ -221,7 +216,7 @@ def test_the_models_own_settings_are_those_of_generate(config, flags, given, par
     inputs = tokenizer(ASK["content"], return_tensors="pt")
     torch.manual_seed(3)
     ids = model.generate(**inputs, max_new_tokens=20, **given)[0, inputs["input_ids"].shape[1] :]
-    assert lines_of(out)[0]["token_ids"] == ids.tolist()
+    assert read_json_lines(out)[0]["token_ids"] == ids.tolist()
 
 
 # What is typed ------------------------------------------------------------------------------------
@@ -247,7 +242,7 @@ def test_commands_of_a_conversation(typed, tmp_path):
         first, second, f"/save {file}", "/retry", "/reset", first, f"/load {file}", "/retry", "/exit", first
     )
     assert answers[2] == answers[1] == answers[4] and answers[3] == answers[0] and len(answers) == 5, said
-    [line] = lines_of(file)
+    [line] = read_json_lines(file)
     contents = [message["content"] for message in line["messages"]]
     assert contents == [first, answers[0], second, answers[1]]
     # the file is also one of prompts
@@ -318,7 +313,7 @@ def test_a_conversation_at_a_terminal(forking, tmp_path, cache_dir):
     talk.type(CTRL_D)
     code, written = talk.end()
     assert code == 0 and "^[[" not in written, written
-    [line] = lines_of(file)
+    [line] = read_json_lines(file)
     asked = [message["content"] for message in line["messages"][::2]]
     assert asked == ["a blue sky", "a blue sky!", "first\nsecond"]
     assert all(message["content"].strip() for message in line["messages"][1::2])

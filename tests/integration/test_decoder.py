@@ -488,7 +488,7 @@ def test_a_compiled_file_that_was_exchanged_is_not_used(load_anew, tmp_path):
     other = tmp_path / "other.c"
     other.write_text(fast_decoding.SOURCE.read_text().replace(" + epsilon", " + 2 * epsilon + 0.001f"))
     compiled.unlink()  # this process has it mapped
-    command = [*compiler.find_compiler(), *compiler.FLAGS, "-march=native", str(other)]
+    command = [*compiler.find_compiler(), *compiler.FLAGS, *compiler.INCLUDES, "-march=native", str(other)]
     subprocess.run([*command, "-o", str(compiled), "-lm"], check=True)
     cpu = Runtime(torch.device("cpu"), "fp32")
     loaded = language_model.load(str(model), cpu, cache_dir=str(cache))
@@ -603,7 +603,7 @@ def test_two_processes_that_compile_at_once(tmp_path):
 def test_the_other_variants_of_this_kind_of_processor_compile(flags, tmp_path):
     if os.uname().machine != "x86_64":
         pytest.skip("flags of x86-64")
-    command = ["cc", *compiler.FLAGS, "-Wall", "-Wextra", "-Werror", *flags]
+    command = ["cc", *compiler.FLAGS, *compiler.INCLUDES, "-Wall", "-Wextra", "-Werror", *flags]
     done = subprocess.run(
         [*command, fast_decoding.SOURCE, "-o", tmp_path / "x.so", "-lm"], capture_output=True
     )

@@ -28,7 +28,7 @@ from common import bundled, cli
 from common.compiler import find_compiler
 from common.generation import explain, scoring
 from common.generation.conversation import Chat
-from conftest import ROOT, exit_code_in_process, heavy, with_defaults
+from conftest import ROOT, generate_on_cpu, heavy, read_json_lines
 from hub_server import HubServer
 from language_models import PROMPTS, needs_compiler, save_tiny_model
 
@@ -49,10 +49,8 @@ def script(tiny, capsys, monkeypatch):
     """
 
     def run(*flags, stdin: str = "") -> tuple[int, str, str]:
-        defaults = {"--model": tiny, "--device": "cpu", "--precision": "fp32", "--max-new-tokens": 16}
         monkeypatch.setattr(sys, "stdin", StandardInput(stdin))
-        code = exit_code_in_process(generate, with_defaults(flags, defaults))
-        return code, *capsys.readouterr()
+        return generate_on_cpu(flags, tiny, 16), *capsys.readouterr()
 
     return run
 
@@ -82,10 +80,6 @@ def prompts_file(tmp_path) -> Path:
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
     return path
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def prompt_flags(count: int = len(PROMPTS)) -> list[str]:
@@ -194,7 +188,7 @@ def test_words_are_banned_and_tokens_are_biased(script, tiny, tmp_path):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
         code, _, stderr = script(*flags, *more, "--output", path)
         assert code == 0, stderr
-        return [line["token_ids"] for line in lines_of(path)]
+        return [line["token_ids"] for line in read_json_lines(path)]
 
     plain = tokens()
     counts = collections.Counter(itertools.chain(*plain))
@@ -288,7 +282,7 @@ def test_each_batch_has_a_seed_that_draws_it_again(script, tmp_path):
         "--output",
         tmp_path / "out.jsonl",
     )
-    lines = lines_of(tmp_path / "out.jsonl")
+    lines = read_json_lines(tmp_path / "out.jsonl")
     assert (
         [line["seed"] for line in lines] == [3, 3, 3]
         and lines[0]["batch_seed"] == 3
@@ -363,7 +357,7 @@ def test_the_output_file_holds_everything(script, tiny, tmp_path):
         "a",
     )
     assert (code, stdout) == (0, "")
-    lines = lines_of(tmp_path / "out.jsonl")
+    lines = read_json_lines(tmp_path / "out.jsonl")
     assert [(line["prompt_number"], line["sample"], line["prompt"]) for line in lines] == [
         (n + 1, s, PROMPTS[n]) for n in range(3) for s in (1, 2, 3, 4)
     ]
@@ -452,7 +446,7 @@ def test_a_signal_keeps_the_finished_lines_and_says_how_to_go_on(number, code, f
     while time.monotonic() < deadline and not (part.exists() and part.read_bytes().count(b"\n") >= 8):
         time.sleep(0.002)
     os.kill(process, number)
-    codes, stderr, kept = forking.wait(), forking.said(), lines_of(part)
+    codes, stderr, kept = forking.wait(), forking.said(), read_json_lines(part)
     assert codes == [code] and 8 <= len(kept) < 120 and len(kept) % 4 == 0, stderr
     assert (
         f"{part} holds {len(kept)} of 120 texts;" in stderr

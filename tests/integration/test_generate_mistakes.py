@@ -29,11 +29,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import generate
 from common import bundled, cli, files
 from common.errors import UserError
 from common.generation import chat, language_model, output
-from conftest import ROOT, exit_code_in_process, with_defaults
+from conftest import ROOT, generate_on_cpu
 from language_models import save_tiny_model, train_byte_bpe
 
 CONTEXT = 64
@@ -52,9 +51,7 @@ def script(tiny, capfd):
     """
 
     def run(*flags) -> tuple[int, str, str]:
-        defaults = {"--model": tiny, "--device": "cpu", "--precision": "fp32", "--max-new-tokens": 8}
-        code = exit_code_in_process(generate, with_defaults(flags, defaults))
-        return code, *capfd.readouterr()
+        return generate_on_cpu(flags, tiny, 8), *capfd.readouterr()
 
     return run
 

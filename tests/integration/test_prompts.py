@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import generate
-from conftest import exit_code_in_process, with_defaults, write_lines
+from conftest import generate_on_cpu, read_json_lines, write_lines
 from language_models import save_tiny_model
 
 TEXTS = ("Why is the sky blue?", "I like the fox", "The quick brown fox")
@@ -27,9 +26,7 @@ def script(tiny, capsys):
     """Return a function that runs generate.py in this process; returns code, stdout, stderr."""
 
     def run(*flags) -> tuple[int, str, str]:
-        defaults = {"--model": tiny, "--device": "cpu", "--precision": "fp32", "--max-new-tokens": 6}
-        code = exit_code_in_process(generate, with_defaults(flags, defaults))
-        return code, *capsys.readouterr()
+        return generate_on_cpu(flags, tiny, 6), *capsys.readouterr()
 
     return run
 
@@ -43,13 +40,9 @@ def written(script, tmp_path):
         out.unlink(missing_ok=True)
         code, _, stderr = script(*flags, "--output", out)
         assert code == 0, stderr
-        return lines_of(out), stderr
+        return read_json_lines(out), stderr
 
     return run
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def write_table(path: Path, rows: list[dict]) -> Path:

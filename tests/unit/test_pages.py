@@ -150,10 +150,11 @@ def test_readme_has_the_commands_that_ci_runs():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert "pip install -r requirements.txt && python -m pytest" in lines
     assert "pip install -r requirements.txt && python train_classifier.py --epochs 3" in lines
-    formats = "ruff format --check . && clang-format -n --Werror common/*/*.c"
+    formats = "ruff format --check . && clang-format -n --Werror common/*.[ch] common/*/*.c"
     types = "pyrefly check && pyrefly check --python-platform darwin"
     checks = f"ruff check . && {formats} && {types}"
-    assert any(checks in line for line in lines) and checks in (ROOT / ".ci" / "run").read_text()
+    ours = (ROOT / ".ci" / "run").read_text().replace("\\\n", "")  # a line that goes on
+    assert any(checks in line for line in lines) and checks in ours
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Faults in decoder.c, made one at a time in every statement that computes: each must show when
-what it computes is compared with float64.
+"""Faults in decoder.c and attention.c, made one at a time in every statement that computes: each must
+show when what it computes is compared with float64.
 
 A fault is a statement left out, another operator, or a whole number one larger. Each is compiled by
 itself, without optimisations, and runs in a child process, since it may crash or never end.
@@ -36,7 +36,7 @@ from test_decoder import (
 )
 from torch import Tensor
 
-from common import compiler
+from common import attention, compiler
 from common.generation import fast_decoding
 from common.generation.fast_decoding import CompiledModel, Kernel
 from common.generation.llama import Transformer
@@ -61,11 +61,12 @@ Check = Callable[[Kernel], bool]
 # --- From the source to its statements
 
 
-def source_of(defined: set[str]) -> str:
-    """Return decoder.c without comments and without what is not compiled where some names are
-    defined; lines stay where they are. Nothing is inlined, which halves the time to compile it.
+def source_of(path: Path, defined: set[str]) -> str:
+    """Return a source with what it includes of ours, without comments and without what is not compiled
+    where some names are defined. Nothing is inlined, which halves the time to compile it.
     """
-    text = re.sub(r"//[^\n]*|#pragma.*", "", fast_decoding.SOURCE.read_text())
+    text = path.read_text().replace('#include "vectors.h"', compiler.VECTORS.read_text())
+    text = re.sub(r"//[^\n]*|#pragma.*", "", text)
     text, num_inlined = re.subn(r"(#define INLINE) .*", r"\1 static __attribute__((unused))", text)
     assert num_inlined == 1
     known: dict[str, int] = dict.fromkeys(defined, 1)
@@ -386,7 +387,58 @@ class Bench:
         return compiled if done.returncode == 0 else None
 
 
-def passes(compiled: Path) -> bool:
+def decodes(compiled: ctypes.CDLL) -> bool:
+    """Return whether compiled decoder.c computes all that is expected."""
+    kernel = Kernel(fast_decoding._declare(compiled), 1)
+    with torch.no_grad():
+        return all(check(kernel) for check in all_checks())
+
+
+@functools.cache
+def attention_checks() -> tuple[tuple[list[Tensor], list[Tensor], float], ...]:
+    """Return query, key, value (B, H, T, D), bias (B, T) or None and the gradient of the output, and what
+    comes of them in float64: the output (B, T, H, D), the logarithms (B, T, H), and the gradients; and
+    how near that must be.
+    """
+    cases = []
+    # tokens, whether a text is padded, how large the scores are: beyond what exp holds
+    for length, masked, size in (
+        (1, False, 1),
+        (17, True, 1),
+        (50, True, 1),
+        (102, False, 1),
+        (49, True, 60),
+    ):
+        generator = torch.Generator().manual_seed(length)
+        *parts, grad = torch.randn(4, 2, length, 3, attention.SIZE, generator=generator)  # each (B, T, H, D)
+        parts = [size * parts[0].transpose(1, 2), *(part.transpose(1, 2) for part in parts[1:])]
+        seen = (torch.arange(length) < torch.tensor([[length], [1 + length // 2]]))[:, None, None]
+        bias = attention.bias_of_keys(seen) if masked else None
+        exact = [part.double().requires_grad_() for part in parts]
+        scores = exact[0] @ exact[1].transpose(-1, -2) * 0.3
+        scores = scores if bias is None else scores + bias[:, None, None]
+        output = attention.reference(*exact, None if bias is None else bias.double(), 0.3)
+        grads = torch.autograd.grad(output, exact, grad.double())
+        log_sums = scores.logsumexp(-1).transpose(1, 2)
+        expected = [output, log_sums, *(part.transpose(1, 2) for part in grads)]
+        cases.append(([*parts, bias, grad], [tensor.detach() for tensor in expected], 3e-6 * size))
+    return tuple(cases)
+
+
+def attends(compiled: ctypes.CDLL) -> bool:
+    """Return whether compiled attention.c computes all that is expected."""
+    library = attention._declare(compiled)
+    for (*parts, bias, grad), expected, tolerance in attention_checks():
+        found = [torch.full(tensor.shape, torch.nan) for tensor in expected]
+        attention._run(library, parts, bias, 0.3, found[:2])
+        attention._run(library, parts, bias, 0.3, [*found[:2], grad, *found[2:]])
+        for own, right in zip(found, expected):
+            if not is_near(own, right, tolerance * (1 + right.abs().max())):
+                return False
+    return True
+
+
+def passes(compiled: Path, is_right: Callable[[ctypes.CDLL], bool]) -> bool:
     """Return whether compiled code computes all that is expected, in a child process."""
     child = os.fork()
     if child == 0:
@@ -397,15 +449,15 @@ def passes(compiled: Path) -> bool:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(SECONDS)
-            kernel = Kernel(fast_decoding._declare(ctypes.CDLL(str(compiled))), 1)
-            with torch.no_grad():
-                code = 0 if all(check(kernel) for check in all_checks()) else 1
+            code = 0 if is_right(ctypes.CDLL(str(compiled))) else 1
         finally:
             os._exit(code)
     return os.waitpid(child, 0)[1] == 0
 
 
-def survivors_of(source: str, bench: Bench, faults: list[Fault]) -> tuple[list[Fault], int]:
+def survivors_of(
+    source: str, bench: Bench, faults: list[Fault], is_right: Callable[[ctypes.CDLL], bool]
+) -> tuple[list[Fault], int]:
     """Return the faults that no comparison shows, and how many were compiled."""
     survivors, num_compiled = [], 0
     for fault in faults:
@@ -413,7 +465,7 @@ def survivors_of(source: str, bench: Bench, faults: list[Fault]) -> tuple[list[F
         if compiled is None:
             continue
         num_compiled += 1
-        if passes(compiled):
+        if passes(compiled, is_right):
             survivors.append(fault)
     return survivors, num_compiled
 
@@ -442,27 +494,40 @@ EQUIVALENT = {
     r"largest \+ 1 >= 0x7f800000": "the largest number of fp32 alone counts as infinite",
     r"to_digits, .* (hi_)?sum = 1;": "less than what is rounded",
     r"portable C: to_digits, .*return; -> ;": "infinity times the digit 0 is not a number, either",
+    r"key \+ 1 < keys; key \+= WIDE|(i|part) \+ 1 < size; (i|part) \+= WIDE": "whole vectors",
+    r"sums\[3\]": "memory that nobody reads",
+    r"portable C: smaller, ": "a row that is computed twice",
     r"largest = 1, ": "the smallest number of fp32 counts as 0 anyway",
+}
+
+
+SOURCES = {  # and what tells that they are right, and how many faults there are at least
+    "decoder.c": (fast_decoding.SOURCE, decodes, 300),
+    "attention.c": (attention.SOURCE, attends, 80),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_fault_in_any_statement_is_caught(variant, tmp_path):
+def test_a_fault_in_any_statement_is_caught(variant, name, tmp_path):
     """One of every statement that computes, drawn at random; without any, all is equal."""
     if variant == "AVX2" and "avx2" not in compiler.processor():
         pytest.skip("another processor")
+    path, is_right, least = SOURCES[name]
     defined, flags = VARIANTS[variant]
-    source, bench = source_of(defined), Bench.make(tmp_path, flags)
-    all_checks()  # before processes are forked
+    source, bench = source_of(path, defined), Bench.make(tmp_path, flags)
+    # before processes are forked
+    all_checks()
+    attention_checks()
     compiled = bench.compile(source)
-    assert compiled is not None and passes(compiled)
+    assert compiled is not None and passes(compiled, is_right)
     faults = [
         fault
         for fault in chosen_faults(source, each=1)
         if not any(re.search(pattern, f"{variant}: {fault.shown(source)}") for pattern in EQUIVALENT)
     ]
-    survivors, num_compiled = survivors_of(source, bench, faults)
+    survivors, num_compiled = survivors_of(source, bench, faults, is_right)
     assert [fault.shown(source) for fault in survivors] == []
-    assert num_compiled > 300
+    assert num_compiled > least
