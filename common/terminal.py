@@ -74,7 +74,7 @@ def _wrapped(line: str, columns: int) -> str:
         return line
     match = LABEL.match(line)
     label = match[0] if match and len(match[0]) < columns // 2 else ""
-    held = _held(line.removeprefix(label))
+    held = _held(line.removeprefix(label), columns - len(label))
     # a path stays whole, but Chinese has no spaces
     is_wide = wcwidth.width(line) > len(line)
     whole_words = {"break_long_words": is_wide, "break_on_hyphens": False}
@@ -82,16 +82,18 @@ def _wrapped(line: str, columns: int) -> str:
     return "\n".join(wcwidth.wrap(held, columns, **indents, **whole_words)).replace(HELD, " ")
 
 
-def _held(line: str) -> str:
-    """Return a line in which a number is held to the word before it and to a "%" behind it, and an
-    interval together, as in "accuracy 0.9167 [0.7500, 1.0000]".
+def _held(line: str, columns: int = 0) -> str:
+    """Return a line in which a number is held to the word before it and to a "%" behind it, an interval
+    together, as in "accuracy 0.9167 [0.7500, 1.0000]", and a word to the one with a colon before it, if
+    both fit into so many columns.
     """
     first, *others = line.split(" ")
     parts, before = [first], first
     for word in others:
         is_named = NUMBER.match(word) and not NUMBER.fullmatch(before) and not before.endswith((",", ";"))
         is_interval = INTERVAL.match(word) or (INTERVAL.match(before) and before.endswith(","))
-        is_held = before and (is_named or is_interval or word.startswith("%"))
+        is_announced = before.endswith(":") and len(before) + 1 + len(word) <= columns
+        is_held = before and (is_named or is_interval or is_announced or word.startswith("%"))
         parts += [HELD if is_held else " ", word]
         before = word
     return "".join(parts)

@@ -141,5 +141,9 @@ def test_what_follows_a_label_stays_beside_it(at_width):
         "         seven eight nine ten",
         "         eleven",
     ]
+    at_width(34)
+    paths = terminal.prose("report: runs/a/report.md   model: runs/a/best").split("\n")
+    assert paths == ["report: runs/a/report.md", "model: runs/a/best"]
+    at_width(30)
     path = f"report: {'x' * 50}/report.md"
     assert terminal.prose(path).split("\n") == path.split(" "), "a path is never broken"
