@@ -22,6 +22,7 @@ ONLY_PARSED = {
     "python -m pytest": "runs the tests themselves",
     "tensorboard ": "a server",
     "ruff check": ".ci/run does it",
+    "pyrefly check": "the same",
     "tests/documents.py": "changes the pages",
     "tests/benchmarks/": "takes minutes",
     "torchrun ": "tests/integration/test_torchrun.py runs such commands with small models",
