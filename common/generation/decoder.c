@@ -49,8 +49,8 @@ enum { WIDE_ROWS = 8, WIDE_COLUMNS = 192 };  // fewer rows are not worth widenin
 enum { QUERIES = 32 };                       // rows of a text whose attention is computed together
 enum { LARGEST_HEAD = 512 };                 // of those whose attention is computed together
 #if LANES == 16
-#define BLOCK 16  // rows whose sums stay in registers
-#elif LANES == 8
+#define BLOCK 16                          // rows whose sums stay in registers
+#elif LANES == 8 || defined(__aarch64__)  // 16 registers of 8 numbers, or 32 of 4
 #define BLOCK 6
 #else
 #define BLOCK 2
