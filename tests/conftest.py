@@ -72,6 +72,12 @@ def pytest_configure(config):
     # by default forked trainings draw what a test looks at; the heavy proofs draw all
     if "slow" in config.option.markexpr.replace("not slow", ""):
         os.environ["DRAW_ALL_PICTURES"] = "1"
+    if config.option.dist == "no" or "PYTEST_XDIST_WORKER" in os.environ:  # this process runs tests
+        import hypothesis
+
+        # how long an example takes depends on what else runs; what hangs is ended by pytest-timeout
+        hypothesis.settings.register_profile("no deadline", deadline=None)
+        hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_collection_finish():
