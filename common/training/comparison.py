@@ -19,8 +19,8 @@ import numpy as np
 from common import terminal
 from common.errors import UserError, counted, one_line, shorten
 from common.files import read_json
-from common.intervals import Interval, bootstrap, holm, mcnemar, p_value, percentiles
-from common.training.resampling import Answers, score_intervals
+from common.intervals import Interval, bootstrap, holm, mcnemar, percentiles, randomization
+from common.training.resampling import Answers, Statistics, score_intervals
 from common.training.run import CONFIG, MULTI, REGRESSION, RESULTS, SINGLE, Kind
 from common.training.study import headline_scores, latex_table
 
@@ -162,11 +162,11 @@ def differences(first: FinishedRun, other: FinishedRun) -> list[Difference]:
         before, after = (of_run(weights) for of_run in statistics)
         return {name: after[name] - before[name] for name in TESTED[first.kind]}
 
-    resampled = bootstrap(of_pairs, len(keys))
+    resampled, p_values = bootstrap(of_pairs, len(keys)), randomization(*_exchanged(*both))
     exact = of_pairs(np.ones((1, len(keys)), dtype=int))
     found = []
     for name in TESTED[first.kind]:
-        p, test = p_value(resampled[name]), "bootstrap"
+        p, test = p_values[name], "randomization"
         if name in SHARES:
             only_first = int((right[0] & ~right[1]).sum())
             only_other = int((right[1] & ~right[0]).sum())
@@ -175,6 +175,25 @@ def differences(first: FinishedRun, other: FinishedRun) -> list[Difference]:
         value, interval = float(exact[name][0]), percentiles(resampled[name])
         found.append(Difference(other.name, name, len(keys), value, interval, p, test))
     return found
+
+
+def _exchanged(first: Answers, other: Answers) -> tuple[Statistics, np.ndarray]:
+    """Return a function that computes the differences of two runs some of whose answers are exchanged,
+    and how many rows are equal in truth and answers: to exchange one is to exchange any of them.
+    """
+    columns = np.column_stack([first.truth, first.predicted, other.predicted])
+    rows, counts = np.unique(columns, axis=0, return_counts=True)
+    truth, *said = (part.reshape(-1, *first.truth.shape[1:]) for part in np.split(rows, 3, axis=1))
+    # the answers of both runs, one behind the other: each run gets one for each row
+    both = Answers(first.kind, np.concatenate([truth, truth]), np.concatenate(said), first.num_classes)
+    scores = both.statistics()
+
+    def statistics(exchanged: np.ndarray) -> dict[str, np.ndarray]:
+        kept = counts - exchanged
+        before, after = scores(np.hstack([kept, exchanged])), scores(np.hstack([exchanged, kept]))
+        return {name: after[name] - before[name] for name in TESTED[first.kind]}
+
+    return statistics, counts
 
 
 def shared_lines(runs: list[FinishedRun]) -> Iterator[str]:

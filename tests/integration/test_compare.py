@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import permutation_test
 from sklearn.metrics import f1_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -142,6 +143,33 @@ def test_runs_with_other_test_rows_say_so(guesses, compare, tmp_path):
     )
 
 
+@pytest.mark.parametrize("num_rows", [1, 8])
+def test_few_texts_are_not_called_significant(num_rows, compare, tmp_path):
+    """Half of them, rounded up, are right in the second run alone. Oracle: SciPy's exact permutation test; a
+    bootstrap said p 0.0020 of one text.
+    """
+    labels = np.arange(num_rows) % 2
+    said = [labels.copy(), labels]
+    said[0][: (num_rows + 1) // 2] ^= 1
+    folders = [
+        write_run(tmp_path / str(n), HEADER, single_rows(list(one), labels)) for n, one in enumerate(said)
+    ]
+    code, screen, _ = compare(*folders)
+
+    def gain(first, second, axis):
+        scores = [
+            np.apply_along_axis(lambda one: f1_score(labels, one, average="macro"), axis, part)
+            for part in (first, second)
+        ]
+        return scores[1] - scores[0]
+
+    exact = 1.0
+    if num_rows > 1:  # SciPy wants two
+        exact = permutation_test(said, gain, permutation_type="samples").pvalue
+    p = re.search(r"macro f1 .* ([\d.]+) +[a-z]+$", screen, re.M)
+    assert code == 0 and p is not None and float(p[1]) == pytest.approx(exact, abs=0.03)
+
+
 def test_labels_and_numbers_are_compared_too(compare, tmp_path):
     generator = np.random.default_rng(1)
     truth = generator.integers(2, size=(60, 2)) > 0
@@ -163,7 +191,7 @@ def test_labels_and_numbers_are_compared_too(compare, tmp_path):
         write_run(tmp_path / f"numbers-{number}", ["row", "true score", "predicted score", "text"], rows)
     code, screen, _ = compare(tmp_path / "numbers-0", tmp_path / "numbers-1")
     before, after = (np.sqrt(np.mean((one - numbers) ** 2)) for one in guessed)
-    assert code == 0 and re.search(rf"rmse +60 +{after - before:.4f} .*bootstrap", screen)
+    assert code == 0 and re.search(rf"rmse +60 +{after - before:.4f} .*randomization", screen)
     farthest = np.argmax(abs(guessed[0] - guessed[1]))
     assert re.search(rf"differ most:\n.*\n.*\ntext {farthest} ", screen)
     code, _, stderr = compare(tmp_path / "labels-0", tmp_path / "numbers-1")
