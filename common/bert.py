@@ -8,7 +8,7 @@ wider than three small ones, and faster. There is no dropout: the models here ar
 
 transformers has the same models, but importing one takes seconds; this file needs only PyTorch and
 `safetensors`. It reads a folder only if it knows everything in it, and gives the numbers of
-transformers then (tests/unit/test_bert.py). Otherwise it raises `NotSupported`, and the caller uses
+transformers then (tests/integration/test_bert.py). Otherwise it raises `NotSupported`, and the caller uses
 transformers.
 """
 

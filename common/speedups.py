@@ -3,7 +3,7 @@ attention as matrix products and dropout with packed draws.
 
 Each is switched on by one line (`use_first_token(model)`, `use_fast_attention(model)`,
 `use_compiled_attention(model, library)`, `use_fast_dropout(model)`) and proven equal to the plain one by
-tests/unit/test_speedups.py, test_attention.py and test_dropout.py: to rounding, and dropout in
+test_speedups.py, test_attention.py and test_dropout.py: to rounding, and dropout in
 distribution.
 
 The head of BERT and its relatives reads one hidden state, that of the first token. The last layer's

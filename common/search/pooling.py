@@ -2,7 +2,7 @@
 as modules that pass on a dictionary of tensors.
 
 For the same embeddings of tokens they give the numbers of sentence-transformers bit for bit
-(tests/unit/test_sentence_model.py).
+(tests/integration/test_sentence_model.py).
 """
 
 from collections.abc import Callable

@@ -13,14 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_encoder import CPU
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from common import sources
 from common.errors import UserError
+from common.runtime import Runtime
 from common.search import texts
 from common.search.encoder import EncoderConfig, load_encoder, split_into_chunks, token_spans
 from common.search.segments import TEXT, text_array
@@ -288,7 +289,7 @@ def test_chunks_of_a_byte_level_tokenizer_lose_nothing(words, overlap):
 
 
 def test_chunks_are_pieces_of_the_text_that_the_model_reads_whole(tiny_embedder):
-    encoder = load_encoder(EncoderConfig(str(tiny_embedder)), CPU)
+    encoder = load_encoder(EncoderConfig(str(tiny_embedder)), Runtime(torch.device("cpu"), "fp32"))
     long = " ".join(
         f"the film was {word} and so very good, it was a story n{number}"
         for number, word in enumerate(["fine", "poor"] * 20)
