@@ -319,8 +319,9 @@ def choose_precision(name: str, device: torch.device) -> str:
     other GPUs, else fp32.
 
     On a CPU without bf16 instructions, bf16 is emulated and slower than fp32, so `auto` does not
-    choose it. Raises UserError for fp16 without CUDA: CPUs have no fast fp16, and its small range
-    needs loss scaling, which is meant for GPUs.
+    choose it; nor on a Mac, whose processors have them, while PyTorch there lacks oneDNN, which
+    uses them (pytorch/torchchat#1444). Raises UserError for fp16 without CUDA: CPUs have no fast
+    fp16, and its small range needs loss scaling, which is meant for GPUs.
     """
     if name == "fp16" and device.type != "cuda":
         raise UserError(f"--precision fp16: only on CUDA, not on {device.type}; use bf16 or fp32")
@@ -330,7 +331,7 @@ def choose_precision(name: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return "bf16" if has_bf16 else "fp32"
+    return "bf16" if has_bf16 and torch.backends.mkldnn.is_available() else "fp32"
 
 
 def seed_everything(seed: int) -> None:

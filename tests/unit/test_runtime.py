@@ -10,6 +10,7 @@ import torch
 from common.errors import UserError
 from common.runtime import (
     choose_device,
+    choose_precision,
     deterministic,
     explain_out_of_memory,
     give_back_memory,
@@ -88,3 +89,18 @@ def test_a_lack_of_memory_is_told_by_the_innermost_block():
         with pytest.raises(type(error)) as caught, explain_out_of_memory("lower --batch-size"):
             raise error
         assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "has_onednn", "chosen"),
+    [
+        ({"avx512_bf16": True}, True, "bf16"),
+        ({"architecture": "arm64", "bf16": True}, True, "bf16"),
+        ({"architecture": "arm64", "bf16": True}, False, "fp32"),  # a Mac since the M2
+        ({"avx512_f": True}, True, "fp32"),
+    ],
+)
+def test_a_cpu_computes_in_bf16_where_that_is_fast(capabilities, has_onednn, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
+    assert choose_precision("auto", torch.device("cpu")) == chosen
