@@ -33,7 +33,15 @@ from common.columns import kept_by_flags
 from common.errors import Fault, Interrupted, UserError, counted, note
 from common.sources import FileOptions
 from common.training import predictions, study, training_flags
-from common.training.run import PAIR, RunLocation, check_task, check_text_columns, finished_runs
+from common.training.run import (
+    LABEL_COLUMN,
+    PAIR,
+    TEXT_COLUMN,
+    RunLocation,
+    check_task,
+    check_text_columns,
+    finished_runs,
+)
 from common.training.training_flags import (
     commits_of,
     needs_no_model,
@@ -161,9 +169,15 @@ Config = TypeVar(
 
 
 def config_from_flags(config_class: type[Config], args: argparse.Namespace, **given: object) -> Config:
-    """Return a config whose fields are those `given`, and else the flags of the same names."""
-    names = [field.name for field in dataclasses.fields(config_class) if field.name not in given]
-    return config_class(**given, **{name: getattr(args, name) for name in names})
+    """Return a config whose fields are those `given`, and else the flags of the same names; where one
+    leaves it open (None), the default of the config.
+    """
+    values = dict(given)
+    for field in dataclasses.fields(config_class):
+        has_default = field.default is not dataclasses.MISSING
+        if field.name not in given and not (has_default and getattr(args, field.name) is None):
+            values[field.name] = getattr(args, field.name)
+    return config_class(**values)
 
 
 def data_config(args: argparse.Namespace) -> DataConfig:
@@ -632,6 +646,8 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     # a run can only be resumed from checkpoints with its identity: the flags, with the defaults
     # that were chosen, the model and the data
     chosen = {**dataclasses.asdict(loaded.config.tokens), "task": loaded.config.task.kind}
+    chosen |= {"text_column": args.text_column or TEXT_COLUMN}
+    chosen |= {"label_column": args.label_column or LABEL_COLUMN}
     settings = {**settings_of(args), **chosen, **commits_of(args)}
     identity = checkpoint.identity(settings, loaded.model, loaded.tokenized, runtime)
     checkpoints = Checkpoints(location, identity, keep=args.keep, keep_after=args.keep_after, runtime=runtime)
@@ -685,8 +701,8 @@ def saved_texts(saved: SavedModel, args: argparse.Namespace) -> TextConfig:
     texts, trained = config_from_flags(TextConfig, args), saved.settings
     if texts.text_mode is None and trained.text_mode is not None:
         texts = dataclasses.replace(texts, text_mode=trained.text_mode, join_with=trained.join_with)
-        if len(texts.columns) == 1:
-            texts = dataclasses.replace(texts, text_column=trained.text_column)
+    if args.text_column is None and trained.text_column is not None:
+        texts = dataclasses.replace(texts, text_column=trained.text_column)
     check_text_columns(texts.text_column, texts.text_mode)
     return texts
 
@@ -703,6 +719,9 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     saved = saved_model.load(args.model, runtime, cache_dir=args.cache_dir, revision=args.revision)
     model = saved_classifier(saved, args)
     config = dataclasses.replace(data_config(args), texts=saved_texts(saved, args))
+    if args.label_column is None and saved.settings.label_column is not None:
+        labels = dataclasses.replace(config.labels, label_column=saved.settings.label_column)
+        config = dataclasses.replace(config, labels=labels)
     rows = data.load_rows_for_scoring(config, saved.task, saved.settings, runtime)
     tokenizer = cast("PreTrainedTokenizerBase", model.tokenizer)  # load() has no other
     splits = tokenize_splits({"test": rows}, tokenizer, model.tokens, runtime, cache_dir=args.cache_dir)
@@ -728,6 +747,7 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
         kept=kept_by_flags(args),
         options=cli.file_options(args),
         cache_dir=args.cache_dir,
+        named=args.text_column,
         faults=faults,
     ) as texts:
         bad = texts.check()

@@ -300,7 +300,7 @@ def check_data_file(path: Path, *, any_suffix: bool = False) -> None:
         raise UserError(f"{path}: this is a folder; name a file in it")
     if suffix(path) not in DATA_SUFFIXES and not any_suffix and not is_fasttext(path):
         known = ", ".join(DATA_SUFFIXES)
-        advice = "convert it, or name the columns of a table with --columns"
+        advice = "convert it, or read a table with --delimiter comma, and without a header with --columns"
         if path.suffix.lower() in ARCHIVE_SUFFIXES:
             advice = "unpack it first"
         elif path.suffix.lower() in OFFICE_SUFFIXES:

@@ -46,7 +46,7 @@ from common.training.labels import (
     tidy_labels,
     without_decimals,
 )
-from common.training.run import JOIN, MULTI, REGRESSION, SINGLE
+from common.training.run import JOIN, MULTI, REGRESSION, SINGLE, TEXT_COLUMN
 from common.training.saved_settings import SavedSettings, name_sha256
 from common.training.task import DESCRIPTIONS, Task, task_of_rows
 
@@ -68,7 +68,7 @@ CUT_SHARE = 0.1  # of the source's training rows, for each split that is missing
 class TextConfig:
     """Which columns hold the texts; the fields are named as their flags."""
 
-    text_column: str = "text"  # or several, separated by commas
+    text_column: str = TEXT_COLUMN  # or several, separated by commas
     text_mode: str | None = None  # of several: PAIR, two texts that are read together; or JOIN
     join_with: str = " "
 

@@ -17,7 +17,7 @@ from common import reading
 from common.columns import split_columns
 from common.errors import UserError, counted, quoted
 from common.sources import INVISIBLE, is_blank
-from common.training.run import MULTI, REGRESSION, SINGLE, TASKS, Kind
+from common.training.run import LABEL_COLUMN, MULTI, REGRESSION, SINGLE, TASKS, Kind
 
 if TYPE_CHECKING:
     import datasets
@@ -46,7 +46,7 @@ Label: TypeAlias = "Any"  # str | list[str] | list[float]
 class LabelConfig:
     """Which columns hold the labels, and what they mean; the fields are named as their flags."""
 
-    label_column: str = "label"  # or several, separated by commas
+    label_column: str = LABEL_COLUMN  # or several, separated by commas
     task: str = "auto"
     label_separator: str | None = None
     clean_labels: bool = False

@@ -71,6 +71,7 @@ HEADLINES = {
 }
 
 SCHEDULES = ("linear", "cosine", "constant")
+TEXT_COLUMN, LABEL_COLUMN = "text", "label"  # unless flags, or the training of a saved model, name others
 PAIR, JOIN = "pair", "join"  # of --text-mode: what several columns of texts are
 LEFT_OPEN = (None, "auto")  # the values of flags whose default depends on the data or the model
 NEWEST = ""  # the value of --resume given alone: the newest checkpoint
@@ -170,7 +171,7 @@ def check_task(kind: Kind, flags: Mapping[str, Any], names: Sequence[str] = ()) 
         advice = "name the class with --positive-class, because there are several"
         raise UserError(f"--best-metric binary_f1: {advice}")
     separator = flags["label_separator"]
-    if separator is not None and (kind != MULTI or "," in flags["label_column"]):
+    if separator is not None and (kind != MULTI or "," in (flags["label_column"] or "")):
         raise UserError(
             f"--label-separator {separator}: it parts several labels in the cells of one column"
             " (--task multi); leave it out"

@@ -43,7 +43,8 @@ class SavedSettings:
     truncation: str = DEFAULT_TRUNCATION
     text_mode: str | None = None
     join_with: str = " "
-    text_column: str = ""  # where several are read, which text_mode tells
+    text_column: str | None = None  # or several, which text_mode tells
+    label_column: str | None = None
     positive_class: str | None = None
     thresholds: tuple[float, ...] = ()  # one per label
     temperature: float = 1.0  # by which logits are divided; not 1 if the model was calibrated
@@ -95,7 +96,8 @@ def read_settings(folder: Path, name: str) -> SavedSettings:
         truncation=settings.get("truncation", DEFAULT_TRUNCATION),
         text_mode=settings["text_mode"] if is_combined else None,
         join_with=str(settings.get("join_with", " ")),
-        text_column=str(settings.get("text_column", "")),
+        text_column=settings.get("text_column"),
+        label_column=settings.get("label_column"),
         positive_class=settings.get("positive_class"),
         thresholds=tuple(settings.get("thresholds", ())),
         temperature=settings.get("temperature", 1.0),
@@ -118,6 +120,8 @@ def _read_json(folder: Path, name: str) -> dict:
         and all(is_like(value, 0.5) and 0 <= value <= 1 for value in thresholds),
         "temperature": is_like(temperature, 1.0) and temperature > 0,
         "split_seed": split_seed is None or _is_seed(split_seed),
+        "text_column": isinstance(settings.get("text_column", ""), str),
+        "label_column": isinstance(settings.get("label_column", ""), str),
     }
     for setting, is_usable in is_known.items():
         if not is_usable:

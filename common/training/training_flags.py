@@ -21,11 +21,13 @@ from common.training.run import (
     DEFAULT_MAX_LENGTH,
     DEFAULT_TRUNCATION,
     JOIN,
+    LABEL_COLUMN,
     METRICS,
     NEWEST,
     PAIR,
     SCHEDULES,
     TASKS,
+    TEXT_COLUMN,
     TRUNCATIONS,
     check_task,
     check_text_columns,
@@ -95,16 +97,23 @@ def add_data_flags(parser: cli.Parser) -> None:
 def add_text_flags(parser: cli.Parser) -> None:
     """Add the flags that say what a text is, and what its label."""
     flag = parser.add_argument_group("texts and labels").add_argument
-    help_text = "column of the texts; or two or more, separated by commas, with --text-mode"
-    flag("--text-column", type=column_names, default="text", help=help_text)
+    as_trained = "or as a saved model was trained"
+    help_text = (
+        "column of the texts; or two or more, separated by commas, with --text-mode"
+        f" (default: {TEXT_COLUMN}, {as_trained})"
+    )
+    flag("--text-column", type=column_names, help=help_text)
     help_text = (
         "what several columns are: two texts that are read together (pair), or parts of one text"
         " (join; default: one column, or as a saved model was trained)"
     )
     flag("--text-mode", choices=[PAIR, JOIN], help=help_text)
     flag("--join-with", default=" ", help="with --text-mode join: what stands between the parts")
-    help_text = "column of the labels; several, separated by commas, hold 0 or 1 for each, or numbers"
-    flag("--label-column", type=column_names, default="label", help=help_text)
+    help_text = (
+        "column of the labels; several, separated by commas, hold 0 or 1 for each, or numbers"
+        f" (default: {LABEL_COLUMN}, {as_trained})"
+    )
+    flag("--label-column", type=column_names, help=help_text)
     help_text = (
         "what a text has: one class (single), any number of labels (multi) or numbers (regression);"
         " auto: found from the labels"
@@ -348,7 +357,7 @@ def check_flags(args: argparse.Namespace) -> None:
         kind = bundled.MODELS.get(args.compare_tokenizer, "encoder")
         sources.check_model(args.compare_tokenizer, kind=kind, flag="--compare-tokenizer")
     if not args.evaluate_only and args.predict is None:  # else as the saved model was trained
-        check_text_columns(args.text_column, args.text_mode)
+        check_text_columns(args.text_column or TEXT_COLUMN, args.text_mode)
     is_table = cli.file_options(args).is_table
     if args.predict is not None:  # an empty name is a mistake, not a wish to train
         sources.check_texts(args.predict, any_suffix=is_table)
@@ -372,7 +381,8 @@ def check_files(args: argparse.Namespace) -> None:
     """Raise UserError for a file of a split that is no text, and for a column of texts or labels that
     it lacks, as its beginning shows; a test split may have no labels.
     """
-    texts, labels = split_columns(args.text_column), split_columns(args.label_column)
+    texts = split_columns(args.text_column or TEXT_COLUMN)
+    labels = split_columns(args.label_column or LABEL_COLUMN)
     both, options = [*texts, *labels], cli.file_options(args)
     files = {"train": args.dataset, "validation": args.validation_file, "test": args.test_file}
     is_known = not (args.evaluate_only or args.train_split or args.test_split or args.validation_split)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from common import plain_files, reading, sources
+from common import cli, plain_files, reading, sources
 from common.columns import ROW, find_kept, require_column
 from common.errors import Fault, UserError
 from common.sources import FileOptions
@@ -45,10 +45,12 @@ def open_texts(
     kept: Sequence[str] | None,
     options: FileOptions,
     cache_dir: str | None,
+    named: str | None = None,
     faults: list[Fault] | None = None,
 ) -> Iterator[Texts]:
     """Yield the texts of a data file, or the lines of any other file or of standard input ("-").
-    `kept` are the columns of a data file that stay beside the answers, None for all.
+    `kept` are the columns of a data file that stay beside the answers, None for all; `named` is
+    --text-column, None where it was not given.
     """
     sources.check_texts(name, any_suffix=options.is_table)
     with plain_files.open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
@@ -56,7 +58,7 @@ def open_texts(
         if reading.is_table(file, name, options):
             texts.read_table(kept, options, cache_dir)
         else:
-            texts.refuse_columns(kept)
+            texts.refuse_columns(named, kept)
         yield texts
 
 
@@ -92,8 +94,20 @@ class Texts:
         is_joined = self.config.text_mode == JOIN
         self.table = (self._joined(rows) if is_joined else rows).with_format("arrow")
 
-    def refuse_columns(self, kept: Sequence[str] | None) -> None:
-        """Raise UserError for flags that name columns: lines have none."""
+    def refuse_columns(self, named: str | None, kept: Sequence[str] | None) -> None:
+        """Raise UserError for flags that name columns, for lines have none, and for a first line that
+        names those of the texts: it is the header of a table.
+        """
+        first = next(reading.raw_lines(self.file), b"").decode("utf-8-sig", "replace")
+        for word in ("comma", "tab", "semicolon", "pipe"):
+            cells = [cell.strip(' "') for cell in first.split(cli.DELIMITERS[word])]
+            if len(cells) > 1 and set(self.columns) <= set(cells):
+                problem = f"it names the column {', '.join(self.columns)}, as a table does"
+                advice = f"read it as one with --delimiter {word}, or remove the line"
+                raise UserError(f"{self.source}, line 1: {problem}; {advice}")
+        if named is not None:
+            advice = "leave it out, or read a table with --delimiter comma"
+            raise UserError(f"--text-column {named}: the lines of {self.source} have no columns; {advice}")
         if self.config.text_mode == JOIN:
             problem = "--text-mode join needs columns, and it has lines"
             raise UserError(f"{self.source}: {problem}; name a data file")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -173,3 +174,56 @@ def test_memory_does_not_grow_with_the_number_of_texts(tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] + 100_000, peaks
+
+
+@pytest.fixture
+def model_of_reviews(tiny_model, tmp_path) -> Path:
+    """A model whose training read the texts in the column `review`, and the labels in `mood`."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "reviews"))
+    trained = {"dataset_sha256": "0", "seed": 0, "truncation": "chunks"}
+    names = {"text_column": "review", "label_column": "mood"}
+    (folder / "training.json").write_text(json.dumps({**trained, **names}))
+    return folder
+
+
+@pytest.mark.parametrize("flags, wanted", [([], "review"), (["--text-column", "text"], "text")])
+def test_a_saved_model_reads_the_column_of_its_training(flags, wanted, model_of_reviews, predict, tmp_path):
+    """Although the file has a column with the default's name too; a flag says otherwise."""
+    columns = {"text": "nothing good in here", "review": "a wonderful film"}
+    source, alone = tmp_path / "both.csv", tmp_path / "alone.csv"
+    source.write_text(",".join(columns) + "\n" + ",".join(columns.values()) + "\n")
+    alone.write_text(f"text\n{columns[wanted]}\n")
+    code, found, stderr = predict(source, "--model", model_of_reviews, *flags)
+    assert code == 0, stderr
+    assert found == predict(alone)[1]
+
+
+def test_evaluate_only_reads_the_labels_of_the_training(model_of_reviews, tmp_path, capsys):
+    """The label that `mood` has, and not those of `label`, which are the other ones."""
+    source, swapped = tmp_path / "both.csv", {"neg": "LABEL_1,LABEL_0", "pos": "LABEL_0,LABEL_1"}
+    rows = [f"other {n},{text},{swapped[label]}" for n, (text, label) in enumerate(make_sentences(40))]
+    source.write_text("\n".join(["text,review,label,mood", *rows]) + "\n")
+    flags = ["--model", model_of_reviews, "--dataset", source, "--evaluate-only", *CPU]
+    screens = []
+    for named in ([], ["--text-column", "review", "--label-column", "mood"], ["--label-column", "label"]):
+        assert exit_code_in_process(train_classifier, [*flags, *named]) == 0
+        screens.append(capsys.readouterr().out)
+    assert screens[0] == screens[1] != screens[2]
+
+
+@pytest.mark.parametrize("name", ["new.txt", "-"])
+@pytest.mark.parametrize(
+    "header, flags, parts",
+    [
+        ("id,text", [], ("line 1", "column text", "--delimiter comma")),
+        ('"text"\tid', [], ("line 1", "column text", "--delimiter tab")),
+        ("id;Review", ["--text-column", "review"], ("--text-column review", "no columns", "--delimiter")),
+    ],
+)
+def test_a_table_is_not_read_as_lines(name, header, flags, parts, predict, tmp_path, monkeypatch):
+    """Each row would be a text, with its label in it, and the header the first of them."""
+    (tmp_path / "new.txt").write_text(f"{header}\n1,a wonderful film\n")
+    with open(tmp_path / "new.txt") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        code, stdout, stderr = predict("-" if name == "-" else tmp_path / name, *flags)
+    assert code == 2 and stdout == "" and all(part in stderr for part in parts), stderr
