@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -476,6 +477,8 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                     break
         state.epoch += 1
         state.step_of_epoch = 0
+    if patience is not None and state.is_out_of_patience(patience):
+        runtime.say(f"stopped early: no better in {counted(patience, 'evaluation')}")
     return True
 
 
@@ -665,9 +668,10 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     if (args.skip_bad or left_out) and runtime.is_main:
         predictions.write_bad_rows(log.folder / "bad-rows.jsonl", left_out)
     folder = location.folder
-    advice = f"continue with --resume {folder}"
+    resume = f"--resume {shlex.quote(str(folder))}"  # to be pasted
+    advice = f"continue with {resume}"
     if args.keep == 0:
-        advice = f"nothing is saved (--keep 0): --resume {folder} starts from the beginning"
+        advice = f"nothing is saved (--keep 0): {resume} starts from the beginning"
     time_left = None if args.max_minutes is None else 60 * args.max_minutes - clock.seconds()
     signals = StopSignals(runtime, advice, seconds=time_left, saves=args.keep > 0)
     forecast = make_forecast(loaded.tokenized, loaded.config, clock, runtime)

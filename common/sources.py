@@ -18,6 +18,7 @@ from common import bundled, hub, model_files, pickled_weights
 from common.errors import UserError, first_repeated, shorten
 
 GGUF_SUFFIX = ".gguf"
+SAVED_TO_DISK = ("dataset_dict.json", "dataset_info.json")  # in a folder by save_to_disk of `datasets`
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 DATA_SUFFIXES = (".csv", ".tsv", *JSON_SUFFIXES, ".parquet")
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
@@ -251,6 +252,10 @@ def check_data(name: str, *, flag: str = "--dataset", any_suffix: bool = False) 
     kind = kind_of_path(name) if name else "nothing"
     if kind in ("file", "pipe"):
         check_data_file(path, any_suffix=any_suffix)
+    elif kind == "folder" and any(os.path.isfile(path / name) for name in SAVED_TO_DISK):
+        problem = "this is a data set of the library datasets, written by save_to_disk"
+        advice = 'write each split as a file first: load_from_disk(...)["train"].to_parquet("train.parquet")'
+        raise UserError(f"{flag} {name}: {problem}; {advice}")
     elif kind == "nothing":
         is_local = path.is_absolute() or name.startswith(".") or name.count("/") > 1  # never a Hub id
         if not name or is_local or suffix(path) in DATA_SUFFIXES:

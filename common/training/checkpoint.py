@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -203,7 +204,8 @@ class Checkpoints:
             self.runtime.say(f"disk     at most {sizes} (--keep {self.keep} and best/), {left}")
         self.runtime.require_shared(run_folder / CONFIG, flag="--output-dir")
         self.runtime.say(f"machine  {self.runtime.describe()}")
-        self.runtime.say(f"run      {run_folder}; curves: tensorboard --logdir {run_folder.parent}")
+        parent = shlex.quote(str(run_folder.parent))
+        self.runtime.say(f"run      {run_folder}; curves: tensorboard --logdir {parent}")
         if start is not None:
             self.runtime.say(f"resume   {start.path}: after step {start.log_position().step}")
         elif self.run.is_resumed:

@@ -102,6 +102,8 @@ def _read_row(line: dict[str, str], kind: Kind, names: list[str]) -> Row:
 
     if None in line or None in line.values():
         raise ValueError(f"{PREDICTIONS} has a line of another length")
+    if kind == MULTI and not {*cells("true"), *cells("predicted")} <= {*names}:
+        raise ValueError("the name of a label holds |, which parts labels")
     text = line["text"] + ("\t" + line["text_pair"] if "text_pair" in line else "")
     return Row(text, line["row"], cells("true"), cells("predicted"), line.get("confidence", ""))
 

@@ -111,6 +111,8 @@ def save(
     shutil.rmtree(fresh, ignore_errors=True)
     tokenizer.model_max_length = settings["eval_max_length"]
     model.save_pretrained(fresh)
+    for weights in fresh.glob("*.safetensors"):  # the library lets nobody but their owner read them
+        weights.chmod((fresh / "config.json").stat().st_mode)
     tokenizer.save_pretrained(fresh)
     write_settings(fresh, settings, thresholds)
     replace_folder(fresh, folder)

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -265,7 +266,7 @@ class Runner:
                 for process, _ in self.running.values():
                     process.wait()
                 raise
-        advice = f"continue with --resume {self.study.folder}"
+        advice = f"continue with --resume {shlex.quote(str(self.study.folder))}"
         if self.received is not None:
             name = signal.Signals(self.received).name
             raise Interrupted(f"stopped by {name}; {advice}", 128 + self.received)
@@ -382,7 +383,7 @@ def run_study(study: Study, script: Path, *, device: str, max_minutes: float | N
         names = "; ".join(f"{name} (exit code {code})" for name, code in runner.failed.items())
         raise UserError(
             f"{len(runner.failed)} of {len(study.runs)} runs failed: {shorten(names, 200)};"
-            f" --resume {study.folder} tries them again"
+            f" --resume {shlex.quote(str(study.folder))} tries them again"
         )
 
 

@@ -198,6 +198,15 @@ def test_labels_and_numbers_are_compared_too(compare, tmp_path):
     assert code == 2 and all(part in stderr for part in ("labels-0", "numbers (score)", "one task"))
 
 
+def test_a_label_whose_name_looks_like_two_is_refused(compare, tmp_path):
+    """It would be taken for `a` and `b`, and be in none of the scores."""
+    header = ["row", "true", "predicted", "score a|b", "score c", "text"]
+    rows = [[n, "a|b", "c", 0, 0, f"text {n}"] for n in range(9)]
+    folders = [write_run(tmp_path / name, header, rows) for name in "xy"]
+    code, stdout, stderr = compare(*folders)
+    assert code == 2 and stdout == "" and str(folders[0]) in stderr and "label holds |" in stderr
+
+
 @pytest.mark.parametrize(
     "spoil, parts",
     [

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -247,6 +248,14 @@ FILES = {  # name: (file's name, content, what the line must hold)
 def test_a_data_file_that_can_not_be_used(name, content, parts, refused, tmp_path):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     refused("--dataset", tmp_path / name, parts=parts)
+
+
+@pytest.mark.parametrize("splits", [None, "train"])
+def test_a_folder_of_save_to_disk_is_named_as_what_it_is(splits, refused, tmp_path, capfd):
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
+    (rows if splits is None else datasets.DatasetDict({splits: rows})).save_to_disk(tmp_path / "saved")
+    capfd.readouterr()  # its progress bar
+    refused("--dataset", tmp_path / "saved", parts=("saved: ", "save_to_disk", "to_parquet"))
 
 
 def test_a_null_in_parquet(refused, tmp_path):

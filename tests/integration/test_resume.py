@@ -769,9 +769,10 @@ def do(forked, *flags, **job) -> list[int]:
 def test_resume_alone_goes_on_with_the_flags_of_the_run(forked, whole, tmp_path):
     """Also with the number of texts, which differs from every default; another value is refused by name."""
     folder, events = whole("one process")
-    run = tmp_path / "run"
+    run = tmp_path / "runs of today" / "1"
     assert forked.run(run, event=events // 2, signal="SIGTERM") == [143]
-    assert f"continue with --resume {run}" in forked.said()
+    assert f"continue with --resume '{run}'" in forked.said()  # to be pasted into a shell
+    assert f"--logdir '{run.parent}'\n" in forked.said("stdout")
     assert do(forked, "--resume", run, "--lr", "2e-3", "--epochs", 3) == [2]
     assert "--epochs was 2, is 3; --lr was 0.003, is 0.002; use the same" in forked.said()
     assert do(forked, "--resume", run, "--keep", 3) == [0], forked.said()

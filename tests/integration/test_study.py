@@ -200,7 +200,7 @@ def is_alive(process: int) -> bool:
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_a_signal_stops_the_runs_and_says_how_to_go_on(number, code, stand_in, forking, tmp_path):
     """Also SIGKILL, which a process can't pass on: the system ends the run."""
-    folder, program = tmp_path / "s", tmp_path / "run_a_study.py"
+    folder, program = tmp_path / "s t", tmp_path / "run_a_study.py"
     waiting = folder / "seed-0" / "waiting"
     program.write_text(RUN_A_STUDY)
     command = [program, stand_in, "--seeds", 0, 1, "--output-dir", folder]
@@ -217,7 +217,7 @@ def test_a_signal_stops_the_runs_and_says_how_to_go_on(number, code, stand_in, f
         assert time.monotonic() < deadline
         time.sleep(0.01)
     if number == signal.SIGTERM:
-        assert f"stopped by SIGTERM; continue with --resume {folder}" in forking.said()
+        assert f"stopped by SIGTERM; continue with --resume '{folder}'" in forking.said()
     assert starts(folder) == {"seed-0": 1}
 
 

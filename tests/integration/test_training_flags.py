@@ -177,12 +177,19 @@ def test_early_stopping_stops_after_so_many_evaluations_that_were_no_better(fork
         0.1,
     ]
     assert forked.run(tmp_path / "run", *flags) == [0], forked.said()
+    assert "stopped early: no better in 3 evaluations\n" in forked.said("stdout")
     losses = [line["validation/loss"] for line in evaluations(tmp_path / "run")]
     best = losses.index(min(losses))
     assert len(losses) == best + 4 < 90, "three evaluations after the best, then no more"
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test_loss"] == pytest.approx(
         losses[best], rel=1e-6
     )
+
+
+def test_whoever_may_read_the_run_may_read_its_model(plain):
+    """safetensors makes files that nobody but their owner can read."""
+    modes = {path.name: path.stat().st_mode for path in (plain / "best").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
 
 
 def test_eval_every_evaluates_between_the_ends_of_epochs_too(forked, tmp_path):
