@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from common.search.encoder import Encoder
     from common.search.index import Snapshot
     from common.search.model_scores import ModelScores
+    from common.search.relevance import Task
     from common.search.selection import Selection
     from common.search.texts import Collection
 
@@ -187,8 +188,9 @@ def index(args: argparse.Namespace, screen: Screen) -> None:
     def read() -> Collection:
         return read_texts(args, options["id_column"], as_text=text_columns)
 
-    if runtime.world_size == 1:  # mistakes in the texts are reported before the model is loaded
-        read()
+    with runtime.raised_on_all():  # mistakes in the texts are reported before the model is loaded
+        if runtime.is_main:
+            read()
     if existing:
         encoder = load_index_encoder(config, runtime, args.index, existing)
     else:
@@ -350,7 +352,8 @@ def search(args: argparse.Namespace, screen: Screen) -> None:
         display.say_bad_queries(screen, len(queries.bad), queries.why)
         num_cut = encoder.num_cut  # of the texts, which are told already
         hits = queries.with_empty(searcher.search(queries.good, hit_range.depth))
-        display.show_hits(screen, searcher.snapshot, queries.texts, hits, hit_range, kept=kept)
+        shown = {"kept": kept, "skipped": queries.bad}
+        display.show_hits(screen, searcher.snapshot, queries.texts, hits, hit_range, **shown)
         display.say_cut_queries(screen, encoder, encoder.num_cut - num_cut)
 
 
@@ -409,10 +412,11 @@ def pairs(args: argparse.Namespace, screen: Screen) -> None:
     """Find the most similar pairs."""
     from common.search import display, mining
 
-    runtime = start(args)
-    with open_rows(read_source(args), args, runtime, screen, least=2) as (selection, _):
+    runtime, source = start(args), read_source(args)
+    kept = flags.kept_of(args, source)
+    with open_rows(source, args, runtime, screen, least=2) as (selection, _):
         best = mining.best_pairs(selection, args.top_k, block=args.block)
-        display.show_pairs(screen, selection, best)
+        display.show_pairs(screen, selection, best, kept)
 
 
 def duplicates(args: argparse.Namespace, screen: Screen) -> None:
@@ -572,6 +576,7 @@ def compare_models(args: argparse.Namespace, screen: Screen) -> None:
     from common.search.encoder import load_encoder
 
     runtime = start(args)
+    given = None if args.sts else read_task(args)  # mistakes in it before any model is loaded
     configs = [dataclasses.replace(encoder_config(args), model=name) for name in args.models]
     fingerprints = []
     for config in configs:  # all before the first is scored: a missing one costs no hours
@@ -586,7 +591,7 @@ def compare_models(args: argparse.Namespace, screen: Screen) -> None:
                     screen.say(f"model    {config.model}: its scores are in {path}")
                 else:
                     encoder = load_encoder(config, runtime)
-                    model = score_model(encoder, fingerprint, args, screen)
+                    model = score_model(encoder, fingerprint, args, screen, given)
                     kept[fingerprint] = model
                     scores = [f"{name} {value:.3f}" for name, value in model.scores().items()]
                     screen.say(f"model    {config.model}: {', '.join(scores)}")
@@ -599,8 +604,14 @@ def compare_models(args: argparse.Namespace, screen: Screen) -> None:
                 display.show_models(screen, lines, model_scores.differences(done))
 
 
-def score_model(encoder: Encoder, fingerprint: str, args: argparse.Namespace, screen: Screen) -> ModelScores:
-    """Return what a model comes to on the task of the flags."""
+def score_model(
+    encoder: Encoder,
+    fingerprint: str,
+    args: argparse.Namespace,
+    screen: Screen,
+    given: tuple[Task, Collection | str] | None,
+) -> ModelScores:
+    """Return what a model comes to on the task of the flags: the one that is `given`, or --sts."""
     import numpy as np
 
     from common.search import relevance
@@ -611,12 +622,12 @@ def score_model(encoder: Encoder, fingerprint: str, args: argparse.Namespace, sc
     from common.search.searcher import Searcher
 
     own = (encoder.name, fingerprint, encoder.width)
-    if args.sts:
+    if given is None:
         columns = args.sts_columns
         cosines, human = relevance.sts_cosines(encoder, args.sts, columns, block=args.block)
         pairs = [str(row) for row in range(1, len(human) + 1)]
         return ModelScores(*own, None, pairs, {COSINE: cosines, HUMAN: human})
-    task, source = read_task(args)
+    task, source = given
     assert not isinstance(source, str)  # compare-models has no --index
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -66,13 +66,19 @@ def short_id(key: str) -> str:
     return cut(key, 16, 10)
 
 
-def texts_at(selection: Selection, positions: Iterable[int]) -> list[dict[str, str]]:
-    """Return id and text at some positions."""
+def texts_at(
+    selection: Selection, positions: Iterable[int], kept: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Return id and text at some positions, and under `columns` those that are `kept`."""
     rows = selection.rows[np.fromiter(positions, np.int64)]
-    return [{"id": row[ID], "text": row[TEXT]} for row in selection.snapshot.take(rows, [ID, TEXT])]
+    entries = selection.snapshot.take(rows, [ID, TEXT, *(kept or ())])
+    texts: list[dict[str, Any]] = [{"id": row[ID], "text": row[TEXT]} for row in entries]
+    for text, row in zip(texts, entries if kept is not None else ()):
+        text["columns"] = {name: row[name] for name in kept or ()}
+    return texts
 
 
-def label_of(row: dict[str, str], width: int = TEXT_WIDTH) -> str:
+def label_of(row: dict[str, Any], width: int = TEXT_WIDTH) -> str:
     """Return id and text in one line."""
     return f"{short_id(row['id'])}: {cut(row['text'], room(width))}"
 
@@ -115,14 +121,17 @@ def show_similarity(
     )
 
 
-def show_pairs(screen: Screen, selection: Selection, pairs: list[Pair]) -> None:
-    """Show pairs of positions with their cosines, best first."""
-    screen.document({"pairs": _show_pairs(screen, selection, pairs)})
+def show_pairs(screen: Screen, selection: Selection, pairs: list[Pair], kept: Sequence[str] | None) -> None:
+    """Show pairs of positions with their cosines, best first, and the columns that are `kept`."""
+    screen.document({"pairs": _show_pairs(screen, selection, pairs, kept)})
 
 
-def _show_pairs(screen: Screen, selection: Selection, pairs: list[Pair]) -> list[dict]:
-    firsts = texts_at(selection, (first for first, _, _ in pairs))
-    seconds = texts_at(selection, (second for _, second, _ in pairs))
+def _show_pairs(
+    screen: Screen, selection: Selection, pairs: list[Pair], kept: Sequence[str] | None = None
+) -> list[dict]:
+    firsts = texts_at(selection, (first for first, _, _ in pairs), kept)
+    seconds = texts_at(selection, (second for _, second, _ in pairs), kept)
+    names = list(kept or ())
     documents = [
         {"similarity": score, "first": first, "second": second}
         for first, second, (_, _, score) in zip(firsts, seconds, pairs)
@@ -130,8 +139,9 @@ def _show_pairs(screen: Screen, selection: Selection, pairs: list[Pair]) -> list
     rows = []
     for number, pair in enumerate(documents, start=1):
         both = f"{label_of(pair['first'])}\n{label_of(pair['second'])}"
-        rows.append([number, pair["similarity"], both])
-    headers = ["", "similarity", selection.unit]
+        cells = (_cells_of(pair[one].get("columns", {}), names) for one in ("first", "second"))
+        rows.append([number, pair["similarity"], both, *map("\n".join, zip(*cells))])
+    headers = ["", "similarity", selection.unit, *(cut(name, CELL_WIDTH) for name in names)]
     screen.table(rows, headers, title="the most similar pairs", texts=[2])
     return documents
 
@@ -223,14 +233,17 @@ def show_hits(
     *,
     kept: Sequence[str] | None = None,
     heading: str = "query: ",
+    skipped: Sequence[int] = (),
 ) -> None:
     """Show the hits of each query within a range, best first, with the columns that are `kept`; None:
-    with none on the screen and all in JSON.
+    with none on the screen and all in JSON. The queries at the positions `skipped` stand in JSON alone.
     """
     documents, names = [], list(kept or ())
-    for query, answer in zip(queries, answers):
+    for position, (query, answer) in enumerate(zip(queries, answers)):
         found = hit_documents(snapshot, hit_range.select(answer), kept)
         documents.append({"query": query, "hits": found})
+        if position in skipped:
+            continue
         lines = []
         for rank, document in enumerate(found, start=hit_range.offset + 1):
             text = cut(document["text"], room(TEXT_WIDTH))

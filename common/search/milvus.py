@@ -717,20 +717,24 @@ def run_index(args: argparse.Namespace, screen: Screen) -> None:
     target, config = parse_target(args.index), search_flags.encoder_config(args)
     existing = runtime.broadcast_from_main(lambda: settings_there(target))
     options = search_flags.index_options(args, existing)
+    id_column, overlap = options["id_column"], options["chunk_overlap"]
+    shares = runtime.world_size > 1 and not target.is_file
+    collection = None
+    with runtime.raised_on_all():  # mistakes in the texts are reported before the model is loaded
+        if shares or runtime.is_main:
+            collection = search_flags.read_texts(args, id_column)
     if existing:
         encoder = load_index_encoder(config, runtime, args.index, existing)
     else:
         encoder = load_encoder(config, runtime)
-    shares = runtime.world_size > 1 and not target.is_file
-    if not (shares or runtime.is_main):
+    if collection is None:
         encoder.run_worker()
         return
     cli.exit_at_signals()
-    id_column, overlap = options["id_column"], options["chunk_overlap"]
     job = Job(id_column, overlap, args.update, args.skip_bad, args.block, shares)
     try:
         with contextlib.nullcontext() if shares else encoder.workers():
-            index_texts(target, search_flags.read_texts(args, id_column), encoder, screen, job)
+            index_texts(target, collection, encoder, screen, job)
     except SystemExit as stopped:
         message = f"stopped; what was written is in {args.index}, and the same command continues"
         raise Interrupted(message, int(stopped.code or 0)) from None

@@ -169,6 +169,7 @@ def add_serve_flags(command: cli.Parser) -> None:
 def add_pairs_flags(command: cli.Parser) -> None:
     add_source_flags(command)
     command.add_argument("--top-k", type=cli.positive_int, default=10, help="how many")
+    add_kept_flag(command, "each text")
 
 
 def add_duplicates_flags(command: cli.Parser) -> None:
@@ -275,8 +276,12 @@ def add_hit_flags(command: cli.Parser) -> None:
     flag("--top-k", type=cli.positive_int, default=5, help="texts to find")
     add_offset_flag(command)
     flag("--min-score", type=cli.finite_float, metavar="N", help="leave out what has a lower score")
-    kept = "columns to show beside each hit, such as author,date; all: every one (default: in --json alone)"
-    flag("--keep-columns", type=cli.columns, metavar="NAMES", help=kept)
+    add_kept_flag(command, "each hit", " (default: in --json alone)")
+
+
+def add_kept_flag(command: cli.Parser, beside: str, more: str = "") -> None:
+    kept = f"columns to show beside {beside}, such as author,date; all: every one{more}"
+    command.add_argument("--keep-columns", type=cli.columns, metavar="NAMES", help=kept)
 
 
 def add_model_flags(command: cli.Parser) -> None:

@@ -654,6 +654,8 @@ def test_a_query_that_is_left_out_has_no_hits(embed, refused, home, monkeypatch)
     found = json.loads(stdout)["queries"]
     assert code == 0 and [bool(one["hits"]) for one in found] == [True, False, False, True]
     assert "2 skipped" in stderr and "q.txt, line 2" in stderr
+    shown = embed(*flags, home / "q.txt", "--skip-bad")[1]
+    assert "(none)" not in shown and shown.count("query:") == 2
     [alone] = json.loads(embed("search", *flags[1:-1], "bad", "--json")[1])["queries"]
     assert [hit["id"] for hit in found[3]["hits"]] == [hit["id"] for hit in alone["hits"]]
     (home / "q.txt").write_bytes(b"\n \n")

@@ -411,6 +411,21 @@ def test_columns_stay_beside_hits(ok, embed, tmp_path):
     assert "1250000.0" in of_texts and "note" in of_texts
 
 
+def test_columns_stay_beside_the_texts_of_pairs(ok, embed, tmp_path):
+    path, folder = tmp_path / "t.csv", tmp_path / "ix"
+    path.write_text("id,text,price\na,a good film,2.5\nb,a good film,1250000\nc,rain,\n")
+    ok("index", path, "--index", folder, "--id-column", "id")
+    for source in ([path], ["--index", folder]):
+        flags = ("pairs", *source, "--top-k", 1, "--keep-columns", "price")
+        [pair] = ok(*flags, "--json")["pairs"]
+        assert {pair[one]["columns"]["price"] for one in ("first", "second")} == {2.5, 1250000.0}
+        shown = [line.split() for line in ok(*flags).partition("pairs\n")[2].split("\n")]
+        assert shown[0][-1] == "price" and {shown[2][-1], shown[3][-1]} == {"2.5", "1250000.0"}
+        assert "columns" not in ok(*flags[:-2], "--json")["pairs"][0]["first"]
+    code, _, stderr = embed("pairs", path, "--keep-columns", "nope")
+    assert code == 2 and "no column 'nope'" in stderr and "--keep-columns" in stderr
+
+
 def test_the_prompt_answers_line_by_line(ok, sentences, tmp_path, monkeypatch):
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
     monkeypatch.setattr(sys, "stdin", io.StringIO("good film\nbad film\n\n"))
@@ -599,11 +614,20 @@ def test_compare_models_keeps_the_scores_of_each_query_and_tests_what_differs(
     (broken / "model.safetensors").write_bytes(b"x")
     code, stdout, stderr = embed("compare-models", tiny_model, broken, *task, "--per-query", file)
     assert code == 2 and str(broken) in stderr and stdout == "" and file.read_bytes() == before
-    # a model that fails later leaves the ones before it
-    score_model = embed_search.score_model
 
     def fail(*_):
         raise UserError("the disk is full")
+
+    # and so do ids that can't be used, before any is loaded
+    with open(task[1], "a") as texts:
+        texts.write("s1,another text,x,1\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("common.search.encoder.load_encoder", fail)
+        code, _, stderr = embed("compare-models", tiny_model, *task, "--per-query", file)
+    assert code == 2 and "'s1'" in stderr and "not unique" in stderr, stderr
+    task[1].write_text(task[1].read_text().replace("s1,another text,x,1\n", ""))
+    # a model that fails later leaves the ones before it
+    score_model = embed_search.score_model
 
     monkeypatch.setattr(embed_search, "score_model", fail)
     code, stdout, _ = embed("compare-models", tiny_embedder, tiny_model, *task, "--per-query", file, "--json")

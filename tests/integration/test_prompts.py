@@ -157,7 +157,7 @@ MISTAKES = {  # name: (file, content, flags, what the line must hold)
         "t.csv",
         "text,id\na,\n",
         ["--prompt-template", "{text} {id}"],
-        ("t.csv, row 1", "'id'", "empty", "--skip-bad"),
+        ("t.csv, row 2", "'id'", "empty", "--skip-bad"),
     ),
     "a brace alone": ("t.csv", "text\na\n", ["--prompt-template", "{text"], ("--prompt-template", "{{")),
     "a column of a template": (
