@@ -55,7 +55,7 @@ def read(data: DataFile) -> pa.Table:
             table = gather(read_fast(content, dialect), data.folder)
     if table is None:
         table = gather(_blocks_of_rows(read_rows(data, dialect), dialect.names), data.folder)
-    return _with_numbers(table, data.as_text)
+    return _with_numbers(table, data.as_text, data.options.decimal)
 
 
 def find_dialect(data: DataFile) -> Dialect:
@@ -221,27 +221,28 @@ def _blocks_of_rows(rows: Iterator[list[str]], names: list[str]) -> Iterator[pa.
         yield pa.table([pa.array(cells, pa.string()) for cells in zip(*block)], names=names)
 
 
-def _with_numbers(table: pa.Table, as_text: Sequence[str]) -> pa.Table:
+def _with_numbers(table: pa.Table, as_text: Sequence[str], decimal: str) -> pa.Table:
     """Return a table of strings with numbers and booleans where a column holds nothing else. A cell
     with nothing in it is missing.
     """
     columns = [
-        column if name in as_text or EVERY_COLUMN in as_text else _as_numbers(column)
+        column if name in as_text or EVERY_COLUMN in as_text else _as_numbers(column, decimal)
         for name, column in zip(table.column_names, table.columns)
     ]
     return pa.table(columns, names=table.column_names)
 
 
-def _as_numbers(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _as_numbers(column: pa.ChunkedArray, decimal: str) -> pa.ChunkedArray:
     cells = pc.if_else(pc.equal(column, ""), None, column)
     if cells.null_count == len(cells):
         return pa.chunked_array([pa.nulls(len(cells))])
     block = next(block for block in cells.chunks if block.null_count < len(block))
     head = block.drop_null().slice(0, 100)
-    for pattern, kind in ((WHOLE, pa.int64()), (DECIMAL, pa.float64()), (BOOLEAN, pa.bool_())):
+    fractions = DECIMAL.replace(r"\.", re.escape(decimal))
+    for pattern, kind in ((WHOLE, pa.int64()), (fractions, pa.float64()), (BOOLEAN, pa.bool_())):
         # most columns of texts are none of these in their first cells already
         if _all_match(head, pattern) and _all_match(cells, pattern):
-            numbers = cells.cast(kind)
+            numbers = pc.replace_substring(cells, decimal, ".").cast(kind)
             is_finite = kind != pa.float64() or pc.all(pc.is_finite(numbers)).as_py()
             return numbers if is_finite else cells  # 1e400 would be infinite
     return cells

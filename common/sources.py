@@ -134,10 +134,11 @@ def check_model(name: str, *, kind: bundled.Kind, flag: str = "--model") -> None
         if os.path.isfile(best / model_files.CONFIG) and not any(folder.glob("*.safetensors")):
             raise UserError(f"{flag} {name}: this is the folder of a run; its model is {best}")
         model_files.check(folder, f"{flag} {name}")
-    elif mode is not None and kind == "language model" and folder.suffix == GGUF_SUFFIX:
+    elif mode is not None and kind == "language model" and folder.suffix.lower() == GGUF_SUFFIX:
         return
     elif mode is not None:
-        raise UserError(f"{flag} {name}: this is a file; name the folder of a saved model")
+        or_file = f", or a file that ends with {GGUF_SUFFIX}" if kind == "language model" else ""
+        raise UserError(f"{flag} {name}: this is a file; name the folder of a saved model{or_file}")
     elif folder.is_symlink():
         target = os.readlink(folder)
         raise UserError(f"{flag} {name}: a link to {target}, which does not exist; check it")
@@ -197,6 +198,7 @@ class FileOptions:
     delimiter: str | None = None  # None: found out
     quoting: Literal["auto", "csv", "none"] = "auto"
     encoding: str | None = None  # None: UTF-8
+    decimal: str = "."  # what stands before the decimals of numbers in a table with a delimiter
 
     @property
     def is_table(self) -> bool:

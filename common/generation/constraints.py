@@ -101,6 +101,7 @@ class Grammar:
     make_matcher: Callable[[], LLMatcher]
     end_ids: tuple[int, ...]
     vocabulary: int
+    shown: str  # how messages name it
 
     def start(self) -> Callable[[list[int]], Tensor]:
         """Return a function for one text: its new tokens -> a mask (V) of the tokens that may follow.
@@ -119,7 +120,7 @@ class Grammar:
             matcher.consume_tokens(following)
             bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)  # eight tokens in each
             if matcher.is_error():  # a limit on what it may take to walk on
-                raise UserError(f"{self.name}: {_reason(matcher)}; ask for something simpler")
+                raise UserError(f"{self.shown}: {_reason(matcher)}; ask for something simpler")
             allowed = np.unpackbits(bits, bitorder="little")[: self.vocabulary]
             return torch.from_numpy(allowed).bool()
 
@@ -175,7 +176,7 @@ class Constraints:
             raise UserError(f"{shown}: no text has this form; correct it")
         if reason:
             raise UserError(f"{shown}: {reason}; {advice}")
-        return Grammar(name, make_matcher, end_ids, self.language_model.vocabulary)
+        return Grammar(name, make_matcher, end_ids, self.language_model.vocabulary, shown)
 
 
 def _reason(matcher: LLMatcher) -> str:

@@ -299,7 +299,7 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     *((flag, ("--prompt",), "it names columns, which a text has not") for flag in (*KEPT, TEMPLATE)),
     (TEMPLATE, ("--text-column",), "the template names the columns"),
     ("--skip-bad", MODES, "this mode leaves out no prompts"),
-    ("--use-model-defaults", NO_TEXTS, "no text is generated"),
+    *((flag, NO_TEXTS, "no text is generated") for flag in ("--use-model-defaults", *DRAWING_FLAGS)),
     ("--adapter", ("--score",), "no model is loaded"),
     ("--lookup", ONE_PROMPT, "this mode uses no prompt lookup"),
     ("--num-beams", DRAWING_FLAGS, "a beam search draws nothing"),

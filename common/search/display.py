@@ -152,7 +152,7 @@ def show_build(screen: Screen, builder: Builder, collection: Collection, *, seco
     say_counts(screen, collection, counts)
     if counts.deleted:
         screen.say(f"         {counts.deleted:,} deleted, which are gone from there")
-    if counts.encoded:
+    if counts.encoded and builder.given is None:
         speed = f"{counts.encoded / seconds:,.1f} texts/s on {builder.encoder.runtime.describe()}"
         screen.say(f"         {counts.encoded:,} different texts encoded, {speed}")
     say_notes(screen.say, collection, counts.cut, snapshot.settings["max_length"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -302,6 +303,8 @@ def add_text_flags(command: cli.Parser) -> None:
     columns = "where the texts are in a data file; title,text joins two columns"
     flag("--text-column", default="text", help=columns)
     cli.add_file_flags(command)
+    decimal = "what stands before the decimals of numbers in a CSV file"
+    flag("--decimal", choices=[".", ","], default=".", help=decimal)
     block = "texts encoded and committed at once; rows compared at once"
     flag("--block", type=cli.positive_int, default=1024, help=block)
     add_skip_flag(command)
@@ -584,7 +587,7 @@ def read_texts(
         id_column=id_column,
         as_text=as_text,
         skip_bad=args.skip_bad,
-        options=cli.file_options(args),
+        options=dataclasses.replace(cli.file_options(args), decimal=args.decimal),
         cache_dir=args.cache_dir,
     )
 

@@ -173,7 +173,7 @@ def test_a_schema_that_is_not_known_or_has_no_text_is_refused(model, schema, pro
 def test_a_schema_that_takes_too_much_ends_its_text_with_the_reason(model):
     schema = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(550)}}
     constraint = constraints.Constraints(model).json(schema, model.end_ids)
-    with pytest.raises(UserError, match=r"^json: .*max is 2000.*; ask for something simpler$"):
+    with pytest.raises(UserError, match=r"^schema: .*max is 2000.*; ask for something simpler$"):
         texts_of(model, PROMPTS[:1], constraint=constraint)
 
 

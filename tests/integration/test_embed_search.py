@@ -411,6 +411,15 @@ def test_columns_stay_beside_hits(ok, embed, tmp_path):
     assert "1250000.0" in of_texts and "note" in of_texts
 
 
+def test_decimal_commas_are_numbers(ok, tmp_path):
+    path, folder = tmp_path / "t.csv", tmp_path / "ix"
+    path.write_text('id,text,price,point,n\na,good,"1,5",1.5,2\nb,bad,"12,25",2.5,3\nc,rain,"3",3.5,\n')
+    ok("index", path, "--index", folder, "--id-column", "id", "--decimal", ",")
+    found = ok("search", "--index", folder, "film", "--where", "price > 2 AND n = 3", "--json")
+    [hit] = found["queries"][0]["hits"]
+    assert hit["columns"] == {"id": "b", "price": 12.25, "point": "2.5", "n": 3}
+
+
 def test_columns_stay_beside_the_texts_of_pairs(ok, embed, tmp_path):
     path, folder = tmp_path / "t.csv", tmp_path / "ix"
     path.write_text("id,text,price\na,a good film,2.5\nb,a good film,1250000\nc,rain,\n")

@@ -32,6 +32,7 @@ def test_every_format_holds_the_same_rows_in_the_same_order(ok, embed, sentences
     assert code == 2 and not (tmp_path / "x.npy").exists()
     # and back: the same index, to the bit, without a text encoded
     back = ("index", files["parquet"], "--index", tmp_path / "back", "--id-column", "id")
+    assert "encoded" not in ok(*back[:3], tmp_path / "once", *back[4:], "--vectors", files["npy"])
     built = ok(*back, "--vectors", files["npy"], "--json")
     assert built["counts"]["encoded"] <= 8  # those that are compared
     assert rows_by_id(tmp_path / "back") == {key: known[key] for key in table["id"].to_pylist()}

@@ -136,6 +136,10 @@ FLAGS = {  # name: (flags, what the line must hold)
         ("--prompt-template 'Hi'", "no column", "{text}"),
     ),
     "bad prompts without a file": ([*P, "--skip-bad"], ("--skip-bad", "--prompts-file")),
+    "a filter where nothing is drawn": (
+        ["--perplexity", "x.txt", "--top-k", 5],
+        ("--top-k 5", "--perplexity 'x.txt'", "no text is generated"),
+    ),
     "lookup with the model's settings": (
         [*P, "--lookup", 3, "--use-model-defaults"],
         ("--lookup", "--use-model-defaults", "greedy"),

@@ -21,6 +21,7 @@ from common.generation import decoding, explain, language_model, stored_weights
 from common.generation.language_model import Loading
 from common.generation.stored_weights import Matrix
 from common.runtime import Runtime
+from conftest import generate_on_cpu
 from language_models import K_QUANTS, TEXTS, needs_compiler, random_blocks, save_tiny_model
 
 CPU = Runtime(torch.device("cpu"), "fp32")
@@ -302,3 +303,12 @@ def test_a_damaged_file_is_one_line(content, cache, tmp_path):
     (tmp_path / "a.gguf").write_bytes(content)
     with pytest.raises(UserError, match=r"--model .*a\.gguf"):
         language_model.load(str(tmp_path / "a.gguf"), CPU, cache_dir=cache)
+
+
+def test_the_ending_of_a_file_may_be_in_capitals(tiny, cache, tmp_path, capsys):
+    path, flags = tmp_path / "A.GGUF", ("--prompt", "the fox", "--cache-dir", cache)
+    write_gguf(tiny, path, "F32")
+    assert generate_on_cpu(flags, path, 2) == 0, capsys.readouterr().err
+    path.rename(tmp_path / "model")
+    assert generate_on_cpu(flags, tmp_path / "model", 2) == 2
+    assert "or a file that ends with .gguf" in capsys.readouterr().err
