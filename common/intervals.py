@@ -100,16 +100,6 @@ def mcnemar(only_first: int, only_second: int) -> float:
     return 1.0 if discordant == 0 else float(binomtest(only_first, discordant, 0.5).pvalue)
 
 
-def p_value(differences: np.ndarray) -> float:
-    """Return the two-sided p-value of bootstrapped differences (R): how rarely they reach beyond 0.
-
-    It is never below 2 / (R + 1), because R resamples can't show more.
-    """
-    defined = differences[np.isfinite(differences)]
-    beyond = min((defined <= 0).sum(), (defined >= 0).sum())
-    return min(1.0, 2 * (int(beyond) + 1) / (len(defined) + 1))
-
-
 def randomization(
     differences: Callable[[np.ndarray], dict[str, np.ndarray]], counts: np.ndarray
 ) -> dict[str, float]:

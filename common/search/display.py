@@ -601,7 +601,7 @@ def show_scores(
             lines[-1] += [f"{one['difference']:+.3f}", interval, f"{one['p_holm']:.4f}"]
     queries = len(task.judgements)
     screen.table(rows, ["search", *measures], title=f"{task.name}: {queries:,} queries")
-    test = "paired bootstrap over the queries, Holm"
+    test = "randomization over the queries, Holm"
     screen.say(f"* differs from {first}: p < {SIGNIFICANT} ({test})")
     interval = "95 % interval"
     headers = ["search", measures[0], interval, f"minus {first}", interval, "p (Holm)"]
@@ -654,7 +654,7 @@ def show_models(screen: Screen, lines: list[dict], differences: list[dict]) -> N
             values += [f"{one[name]:.4f}" for name in ("p", "p_holm")]
             rows.append([one["model"], one["measure"], *values])
         headers = ["model", "measure", "difference", "95 % interval", "p", "p (Holm)"]
-        title = f"against {lines[0]['model']}, query by query (paired bootstrap)"
+        title = f"against {lines[0]['model']}, query by query (randomization)"
         screen.table(rows, headers, title=title)
     screen.document({"models": lines, "differences": differences})
 

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import replace_file, sha256
-from common.intervals import Interval, bootstrap, correlations, holm, means, p_value, percentiles, ranks
+from common.intervals import Interval, bootstrap, correlations, holm, means, percentiles, randomization, ranks
 from common.search.manifest import PER_QUERY_COLUMNS
 
 SPEARMAN = "spearman"
@@ -144,8 +144,10 @@ def write_scores(path: Path, models: Sequence[ModelScores]) -> None:
 
 
 def differences(models: Sequence[ModelScores]) -> list[dict[str, Any]]:
-    """Return each model's scores minus those of the first one, with the interval and the p-value of
-    a paired bootstrap over the queries; p-values of a measure are also adjusted by Holm's method.
+    """Return each model's scores minus those of the first one, with the interval of a paired bootstrap
+    over the queries, and the p-value of a randomization test, as Smucker et al. 2007 ("A comparison of
+    statistical significance tests for information retrieval evaluation") advise; p-values of a measure
+    are also adjusted by Holm's method.
     """
     first, found = models[0], []
     for model in models[1:]:
@@ -155,6 +157,7 @@ def differences(models: Sequence[ModelScores]) -> list[dict[str, Any]]:
             return {name: after[name] - before[name] for name in before}
 
         resampled, before = bootstrap(of_pairs, len(first.queries)), first.scores()
+        p_values = _randomized(first, model)
         for name, score in model.scores().items():
             found.append(
                 {
@@ -162,7 +165,7 @@ def differences(models: Sequence[ModelScores]) -> list[dict[str, Any]]:
                     "measure": name,
                     "difference": score - before[name],
                     "interval": percentiles(resampled[name]),
-                    "p": p_value(resampled[name]),
+                    "p": p_values[name],
                 }
             )
     for name in {one["measure"] for one in found}:
@@ -170,3 +173,17 @@ def differences(models: Sequence[ModelScores]) -> list[dict[str, Any]]:
         for one, adjusted in zip(members, holm([one["p"] for one in members])):
             one["p_holm"] = adjusted
     return found
+
+
+def _randomized(first: ModelScores, other: ModelScores) -> dict[str, float]:
+    """Return the p-value of the difference of each measure, by exchanging what two models came to."""
+    values = {name: np.concatenate([first.values[name], other.values[name]]) for name in first.values}
+    both = replace(first, values=values)  # of each query, each model gets one of the two values
+
+    def of_exchanged(exchanged: np.ndarray) -> dict[str, np.ndarray]:
+        kept = 1 - exchanged
+        before = both.resampled(np.hstack([kept, exchanged]))
+        after = both.resampled(np.hstack([exchanged, kept]))
+        return {name: after[name] - before[name] for name in before}
+
+    return randomization(of_exchanged, np.ones(len(first.queries), dtype=int))

@@ -130,3 +130,9 @@ def test_intervals_and_tests_are_those_of_scipy(cranfield):
     twins = model_scores.of_searches(exact.queries, {name: values["exact"] for name in ("one", "other")})
     same = model_scores.differences(twins)
     assert {(one["difference"], one["p_holm"]) for one in same} == {(0.0, 1.0)}
+
+
+def test_of_one_query_nothing_is_significant():
+    scores = {"exact": {"nDCG@10": [0.2]}, "hybrid": {"nDCG@10": [0.9]}}
+    (found,) = model_scores.differences(model_scores.of_searches(["a query"], scores))
+    assert (found["difference"], found["p"]) == (pytest.approx(0.7), 1)
