@@ -418,15 +418,14 @@ def summarize(runs: list[Planned], results: list[dict[str, Any]]) -> list[Line]:
     return lines
 
 
-def best_line(lines: list[Line], metric: str) -> Line:
+def best_line(lines: list[Line], metric: str) -> Line | None:
     """Return the setting with the best mean of a validation score, the first of equal ones, among
-    those of which the most seeds are finished.
+    those of which the most seeds are finished; None where no setting has the score in all of its runs.
     """
-    most = max(len(line.seeds) for line in lines)
     name = f"best_validation_{metric}"
-    whole = [line for line in lines if len(line.seeds) == most and name in line.results]
+    scored = [line for line in lines if name in line.results]
     sign = 1 if metric in LOWER_IS_BETTER else -1
-    return min(whole or lines, key=lambda line: sign * line.results[name].mean)
+    return min(scored, key=lambda line: (-len(line.seeds), sign * line.results[name].mean), default=None)
 
 
 def show(study: Study, finished: list[Planned]) -> None:
@@ -438,7 +437,13 @@ def show(study: Study, finished: list[Planned]) -> None:
     print(f"\n{terminal.table(rows, headers, disable_numparse=True)}\n")
     interval = "the 95 % interval of the mean (Student's t)"
     terminal.say(f"mean ± standard deviation over the seeds, and {interval}")
-    if len(lines) > 1:
+    num_scored = sum(f"best_validation_{study.metric}" in line.results for line in lines)
+    if num_scored < len(lines):  # such as an area under a curve where all texts have one class
+        undefined = f"{len(lines) - num_scored} of {counted(len(lines), 'setting')}"
+        terminal.say(
+            f"validation {study.metric} is undefined in runs of {undefined}, which can't be the best"
+        )
+    if len(lines) > 1 and best is not None:
         setting = ", ".join(f"{name} {value}" for name, value in best.setting.items())
         terminal.say(f"best setting by validation {study.metric}: {setting}")
     if any(spread.interval is None for line in lines for spread in line.results.values()):
@@ -447,7 +452,7 @@ def show(study: Study, finished: list[Planned]) -> None:
     terminal.say(f"tables: {', '.join(str(study.folder / name) for name in TABLES)}")
 
 
-def _table(lines: list[Line], metric: str, best: Line) -> tuple[list[str], list[list[str]]]:
+def _table(lines: list[Line], metric: str, best: Line | None) -> tuple[list[str], list[list[str]]]:
     """Return the headers and the rows of the table of settings; a star marks the best one."""
     names = headline_scores([line.results for line in lines])
     names = [f"best_validation_{metric}", *names]

@@ -125,6 +125,15 @@ def test_a_table_has_means_intervals_and_the_setting_that_validation_chose(stand
     assert latex.count(r"\\") == 3 and r"0.5500 $\pm$ 0.0707" in latex and r"\toprule" in latex
 
 
+def test_a_score_that_no_run_has_chooses_no_setting(stand_in, tmp_path, capsys):
+    """As ROC-AUC where all validation texts have one class: the table is there, without a star."""
+    flags = ["--lr", 0.1, 0.2, "--best-metric", "roc_auc", "--output-dir", tmp_path / "s"]
+    run(stand_in, "--seeds", 0, 1, *flags)
+    screen = capsys.readouterr().out
+    assert "validation roc_auc is undefined in runs of 2 of 2 settings" in screen
+    assert "best setting" not in screen and "*" not in screen and "0.5500" in screen
+
+
 def test_a_study_goes_on_where_it_stopped_and_repeats_no_finished_run(
     stand_in, tmp_path, capsys, monkeypatch
 ):
