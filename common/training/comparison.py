@@ -259,17 +259,19 @@ def compare(folders: list[Path], output_dir: str | None) -> None:
     for line in shared_lines(runs):
         terminal.say(line)
     tested = [difference for run in runs[1:] for difference in differences(first, run)]
-    tables = [(headers, rows)]
+    tables, numbers = [(headers, rows)], [_score_numbers(runs)]
     if tested:
         headers, rows = _difference_table(tested)
         tables.append((headers, rows))
+        numbers.append(_difference_numbers(tested))
         terminal.say(f"\nagainst {first.name}, row by row:")
         print(terminal.table(rows, headers, disable_numparse=True))
     keys = disagreements(runs)
     if any(run.rows.keys() & runs[0].rows.keys() for run in runs[1:]):
         _show_disagreements(runs, keys)
     if output_dir is not None:
-        _write(Path(output_dir), runs, tables, keys)
+        latex = "\n".join(latex_table(*table) for table in tables)
+        _write(Path(output_dir), runs, numbers, latex, keys)
 
 
 def _task(run: FinishedRun) -> str:
@@ -318,6 +320,21 @@ def _score_table(runs: list[FinishedRun]) -> tuple[list[str], list[list[str]]]:
     return [*headers, "training seconds"], rows
 
 
+def _score_numbers(runs: list[FinishedRun]) -> tuple[list[str], list[list[Any]]]:
+    """Return the table of scores as programs read it: all digits, the ends of an interval apart."""
+    settings = differing_settings(runs)
+    scores = [name.removeprefix("test_") for name in headline_scores([run.results for run in runs])]
+    rows = []
+    for number, run in enumerate(runs):
+        intervals, cells = _intervals(run), []
+        for name in scores:
+            cells += [run.results[f"test_{name}"], *intervals.get(name, (None, None))]
+        varied = [values[number] for values in settings.values()]
+        rows.append([run.name, *varied, *cells, run.results.get("train_seconds")])
+    ends = [f"{name}{end}" for name in scores for end in ("", " low", " high")]
+    return ["run", *settings, *ends, "training seconds"], rows
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -332,21 +349,49 @@ def _intervals(run: FinishedRun) -> dict[str, Sequence[float]]:
 
 def _difference_table(tested: list[Difference]) -> tuple[list[str], list[list[str]]]:
     """Return the table of differences; the p-values of each score are adjusted for their number."""
-    several = len({difference.run for difference in tested}) > 1
-    adjusted: dict[int, float] = {}
-    for score in {difference.score for difference in tested}:
-        members = [number for number, one in enumerate(tested) if one.score == score]
-        adjusted |= dict(zip(members, holm([tested[number].p for number in members])))
+    several, adjusted = len({difference.run for difference in tested}) > 1, _adjusted(tested)
     rows = []
     for number, one in enumerate(tested):
         low_high = one.interval
         interval = "-" if low_high is None else f"{low_high[0]:+.4f} to {low_high[1]:+.4f}"
-        p_values = [f"{one.p:.4f}", *([f"{adjusted[number]:.4f}"] if several else [])]
+        p_values = [_p_in_words(one.p), *([_p_in_words(adjusted[number])] if several else [])]
         score = one.score.replace("_", " ")
         values = [f"{one.value:+.4f}", interval, *p_values, one.test]
         rows.append([one.run, score, str(one.rows), *values])
     headers = ["run", "score", "rows", "difference", "95 % interval", "p"]
     return [*headers, *(["p (Holm)"] if several else []), "test"], rows
+
+
+def _adjusted(tested: list[Difference]) -> dict[int, float]:
+    """Return the p-value of each difference, adjusted for the number of runs that a score is tested in."""
+    adjusted: dict[int, float] = {}
+    for score in {difference.score for difference in tested}:
+        members = [number for number, one in enumerate(tested) if one.score == score]
+        adjusted |= dict(zip(members, holm([tested[number].p for number in members])))
+    return adjusted
+
+
+def _p_in_words(p: float) -> str:
+    return "<0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def _difference_numbers(tested: list[Difference]) -> tuple[list[str], list[list[Any]]]:
+    """Return the table of differences as programs read it: all digits, the ends of an interval apart."""
+    adjusted = _adjusted(tested)
+    rows = [
+        [
+            one.run,
+            one.score,
+            one.rows,
+            one.value,
+            *(one.interval or (None, None)),
+            one.p,
+            adjusted[number],
+            one.test,
+        ]
+        for number, one in enumerate(tested)
+    ]
+    return ["run", "score", "rows", "difference", "low", "high", "p", "p (Holm)", "test"], rows
 
 
 def _show_disagreements(runs: list[FinishedRun], keys: list[Key]) -> None:
@@ -381,11 +426,15 @@ def _said(run: FinishedRun, key: Key) -> str:
 
 
 def _write(
-    folder: Path, runs: list[FinishedRun], tables: list[tuple[list[str], list[list[str]]]], keys: list[Key]
+    folder: Path,
+    runs: list[FinishedRun],
+    numbers: list[tuple[list[str], list[list[Any]]]],
+    latex: str,
+    keys: list[Key],
 ) -> None:
     """Write the tables as CSV and LaTeX, and every text on which the runs disagree as CSV."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (headers, rows) in zip(FILES, tables):
+    for name, (headers, rows) in zip(FILES, numbers):
         with open(folder / name, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([headers, *rows])
     with open(folder / FILES[2], "w", newline="", encoding="utf-8") as file:
@@ -396,7 +445,6 @@ def _write(
             found = [run.rows.get(key) for run in runs]
             cells = [cell for row in found for cell in _csv_cells(row)]
             writer.writerow([runs[0].rows[key].number, "|".join(key[1]), *cells, key[0]])
-    latex = "\n".join(latex_table(*table) for table in tables)
     (folder / FILES[3]).write_text(latex, encoding="utf-8")
     written = [str(folder / name) for name in FILES if (folder / name).exists()]
     terminal.say(f"\ntables: {', '.join(written)}")

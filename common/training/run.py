@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common.errors import UserError, listed, one_line, shorten
+from common.errors import UserError, first_repeated, listed, one_line, shorten
 from common.files import LOCK, find_damage, member, only_writer, read_json
 
 TRUNCATIONS = ("head", "tail", "head-tail", "chunks")
@@ -469,6 +469,9 @@ def finished_runs(names: Sequence[str]) -> list[Path]:
             problem = "it holds no finished run"
             raise UserError(f"--compare {name}: {problem}; check the name, or finish it")
         found += runs
+    twice = first_repeated([str(folder.resolve()) for folder in found])
+    if twice is not None:
+        raise UserError(f"--compare {' '.join(names)}: {twice} is named twice; name each run once")
     if len(found) < 2:
         advice = "name at least two, or a study of several"
         raise UserError(f"--compare {' '.join(names)}: one run; {advice}")

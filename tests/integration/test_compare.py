@@ -90,7 +90,7 @@ def test_runs_are_tested_against_the_first_on_their_rows(guesses, compare, tmp_p
     with open(tmp_path / "tables" / "differences.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["run"], row["score"]) for row in rows] == [
-        (str(folder), score) for folder in folders[1:] for score in ("accuracy", "macro f1")
+        (str(folder), score) for folder in folders[1:] for score in ("accuracy", "macro_f1")
     ]
     right = [one == labels for one in said]
     expected = []
@@ -100,15 +100,19 @@ def test_runs_are_tested_against_the_first_on_their_rows(guesses, compare, tmp_p
         expected.append(mcnemar(table, exact=True).pvalue)
         accuracy, macro_f1 = rows[2 * number - 2 : 2 * number]
         assert float(accuracy["difference"]) == pytest.approx(
-            right[number].mean() - right[0].mean(), abs=5e-5
+            right[number].mean() - right[0].mean(), abs=1e-12
         )
         f1 = [f1_score(labels, said[of], average="macro") for of in (number, 0)]
-        assert float(macro_f1["difference"]) == pytest.approx(f1[0] - f1[1], abs=5e-5)
-        low, high = map(float, macro_f1["95 % interval"].split(" to "))
+        assert float(macro_f1["difference"]) == pytest.approx(f1[0] - f1[1], abs=1e-12)
+        low, high = float(macro_f1["low"]), float(macro_f1["high"])
         assert low < f1[0] - f1[1] < high and (low > 0) == (float(macro_f1["p"]) < 0.05)
     found = [(float(row["p"]), float(row["p (Holm)"])) for row in rows[::2]]
-    assert [p for p, _ in found] == pytest.approx(expected, abs=5e-5) and expected[0] < 0.001
-    assert [p for _, p in found] == pytest.approx(multipletests(expected, method="holm")[1], abs=5e-5)
+    assert [p for p, _ in found] == pytest.approx(expected, rel=1e-9) and expected[0] < 0.00005
+    assert [p for _, p in found] == pytest.approx(multipletests(expected, method="holm")[1], rel=1e-9)
+    assert re.search(rf"^{folders[1]} +accuracy .* <0.0001 ", screen, re.M), "and not 0.0000"
+    with open(tmp_path / "tables" / "comparison.csv", newline="") as file:
+        scores = [{**row} for row in csv.DictReader(file)]
+    assert [float(scores[0][f"accuracy{end}"]) for end in ("", " low", " high")] == [0.5, 0.25, 0.75]
     differ = [n for n in range(80) if any(said[0][n] != one[n] for one in said[1:])]
     assert f"disagree on {len(differ)} texts, of which 10 are shown" in screen
     with open(tmp_path / "tables" / "disagreements.csv", newline="") as file:
@@ -227,6 +231,13 @@ def test_what_can_not_be_compared_is_one_line(spoil, parts, guesses, compare, tm
     code, stdout, stderr = compare(*(folders if spoil is not None else folders[:1]))
     assert code == 2 and stdout == "" and len(stderr.splitlines()) == 1
     assert "--compare" in stderr and all(part in stderr for part in parts), stderr
+
+
+def test_a_run_is_not_compared_with_itself(guesses, compare, tmp_path):
+    labels, said = guesses
+    folders = [write_run(tmp_path / name, HEADER, single_rows(said[0], labels)[:9]) for name in "ab"]
+    code, stdout, stderr = compare(*folders, f"{folders[0]}/")
+    assert code == 2 and stdout == "" and f"{folders[0]} is named twice" in stderr
 
 
 def test_a_place_for_tables_is_no_run(guesses, tmp_path):
