@@ -56,8 +56,11 @@ class BeamSearch:
 
     @torch.inference_mode()
     def steps(self, model: LanguageModel, batch: Batch, settings: Settings) -> Iterator[None]:
-        """Add one token to all beams at each step; `batch` holds each prompt N times."""
+        """Add one token to all beams at each step; `batch` holds each prompt once or N times."""
         size, first = self.beams.size, batch.length
+        logits = decoding.prefill(model, batch)  # (P, V) or (P * N, V)
+        if len(logits) < len(self.finished) * size:
+            logits = _for_each_beam(batch, logits, size)
         filters = sampling.history_filters(
             settings, prompt_length=first, starts=batch.starts, padding_is_text=True
         )
@@ -68,7 +71,6 @@ class BeamSearch:
         scores = torch.full((len(self.finished), size), IMPOSSIBLE, device=device)  # (P, N)
         scores[:, 0] = 0  # the beams of a prompt are still equal: only the first one counts
         offsets = torch.arange(len(scores), device=batch.ids.device)[:, None] * size  # (P, 1)
-        logits = decoding.prefill(model, batch)  # (P * N, V)
         for length in range(1, settings.max_new_tokens + 1):
             decoding.fetch_ids(logits.argmax(-1), logits, model)  # refuses what are not numbers
             new = sampling.apply_filters(filters, logits.log_softmax(-1), batch.tokens)
@@ -119,13 +121,25 @@ class BeamSearch:
             self.is_done[prompt] |= is_full or possible <= finished[-1].score
 
 
+def _for_each_beam(batch: Batch, logits: Tensor, size: int) -> Tensor:
+    """Repeat each row of a batch for N beams; return the logits (P * N, V) that follow them."""
+    rows = torch.arange(len(logits)).repeat_interleave(size)
+    batch.ids, batch.starts = batch.ids[rows], batch.starts[rows]
+    batch.mask = None if batch.mask is None else batch.mask[rows]
+    batch.ended = [False] * len(rows)
+    batch.cache.reorder_cache(rows)  # pyrefly: ignore[bad-argument-type]  (a LongTensor)
+    return logits[rows]
+
+
 def complete(run: Run, rows: list[Completion], beams: Beams) -> Iterator[str]:
     """Fill completions with the best texts of their prompts; yield nothing to show but the first
     text, at its end: until then, it can be replaced by another one.
     """
     num_samples, settings = run.options.num_samples, run.options.settings
     firsts = rows[::num_samples]  # of each prompt
-    batch = run.left_pad([row for row in firsts for _ in range(beams.size)])
+    # the library's forward reads a prompt once for each beam, as in `generate`: otherwise it rounds
+    copies = 1 if run.language_model.model.is_compiled else beams.size
+    batch = run.left_pad([row for row in firsts for _ in range(copies)])
     search = BeamSearch(beams, len(firsts))
     run.timing.start(batch)
     for _ in search.steps(run.language_model, batch, settings):

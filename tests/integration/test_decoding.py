@@ -18,8 +18,8 @@ from common.generation.fast_decoding import Kernel, load_library
 from common.generation.language_model import LanguageModel
 from common.generation.lookup import PromptLookup, TokenHistory
 from common.generation.sampling import Sampler, Settings
-from conftest import heavy, quick
-from language_models import KINDS, in_c, needs_compiler, tiny_language_model, train_byte_bpe
+from conftest import generate_on_cpu, heavy, quick
+from language_models import KINDS, in_c, needs_compiler, save_tiny_model, tiny_language_model, train_byte_bpe
 
 PROMPTS = [[7, 8, 9, 10, 11, 12, 9, 10], [4], list(range(20, 35)), [100, 101, 100, 101, 100]]
 UNPADDED = [[7, 8, 9, 10, 11], [100, 101, 100, 101, 100], [30, 31, 32, 33, 34]]
@@ -466,3 +466,18 @@ def test_a_text_may_end_at_each_of_several_ids():
     settings = settings_of({"sample": True}, language_model)
     found = [ours(language_model, PROMPTS, settings, exact(seed)) for seed in range(12)]
     assert {row[-1] for rows in found for row in rows if len(row) < NEW_TOKENS} == {3, 5}
+
+
+@needs_compiler
+def test_beams_read_a_prompt_once_in_c(tmp_path, monkeypatch, capsys):
+    """Four beams of one text cost no four readings of its prompt; the texts are those of generate."""
+    read, prefill = [], decoding.prefill
+
+    def counted(model, batch):
+        read.append(len(batch.ids))
+        return prefill(model, batch)
+
+    monkeypatch.setattr(decoding, "prefill", counted)
+    folder = save_tiny_model(tmp_path / "tiny")
+    code = generate_on_cpu(["--prompt", "the fox", "--num-beams", 4, "--check"], folder, 8)
+    assert (code, read) == (0, [1]), capsys.readouterr().err
