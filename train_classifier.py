@@ -711,6 +711,16 @@ def saved_texts(saved: SavedModel, args: argparse.Namespace) -> TextConfig:
     return texts
 
 
+def saved_labels(saved: SavedModel, args: argparse.Namespace) -> LabelConfig:
+    """Return where the labels stand for a saved model: as in its training, unless flags say else."""
+    labels, trained = config_from_flags(LabelConfig, args), saved.settings
+    if args.label_column is None and trained.label_column is not None:
+        labels = dataclasses.replace(labels, label_column=trained.label_column)
+    if args.label_separator is None and len(labels.columns) == 1:
+        labels = dataclasses.replace(labels, label_separator=trained.label_separator)
+    return labels
+
+
 def saved_classifier(saved: SavedModel, args: argparse.Namespace) -> TextClassifier:
     """Return a saved model that reads and answers as in its training, unless flags say else."""
     tokens = saved.choose_tokens(eval_max_length=args.eval_max_length, truncation=args.truncation)
@@ -722,10 +732,8 @@ def evaluate_only(args: argparse.Namespace, runtime: Runtime) -> None:
     """Score a saved model on the test split, or on all rows of a data set that has none."""
     saved = saved_model.load(args.model, runtime, cache_dir=args.cache_dir, revision=args.revision)
     model = saved_classifier(saved, args)
-    config = dataclasses.replace(data_config(args), texts=saved_texts(saved, args))
-    if args.label_column is None and saved.settings.label_column is not None:
-        labels = dataclasses.replace(config.labels, label_column=saved.settings.label_column)
-        config = dataclasses.replace(config, labels=labels)
+    texts, labels = saved_texts(saved, args), saved_labels(saved, args)
+    config = dataclasses.replace(data_config(args), texts=texts, labels=labels)
     rows = data.load_rows_for_scoring(config, saved.task, saved.settings, runtime)
     tokenizer = cast("PreTrainedTokenizerBase", model.tokenizer)  # load() has no other
     splits = tokenize_splits({"test": rows}, tokenizer, model.tokens, runtime, cache_dir=args.cache_dir)

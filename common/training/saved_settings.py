@@ -29,6 +29,7 @@ REMEMBERED = (
     "text_mode",
     "join_with",
     "label_column",
+    "label_separator",
     "positive_class",
 )
 
@@ -45,6 +46,7 @@ class SavedSettings:
     join_with: str = " "
     text_column: str | None = None  # or several, which text_mode tells
     label_column: str | None = None
+    label_separator: str | None = None
     positive_class: str | None = None
     thresholds: tuple[float, ...] = ()  # one per label
     temperature: float = 1.0  # by which logits are divided; not 1 if the model was calibrated
@@ -98,6 +100,7 @@ def read_settings(folder: Path, name: str) -> SavedSettings:
         join_with=str(settings.get("join_with", " ")),
         text_column=settings.get("text_column"),
         label_column=settings.get("label_column"),
+        label_separator=settings.get("label_separator"),
         positive_class=settings.get("positive_class"),
         thresholds=tuple(settings.get("thresholds", ())),
         temperature=settings.get("temperature", 1.0),
@@ -122,6 +125,7 @@ def _read_json(folder: Path, name: str) -> dict:
         "split_seed": split_seed is None or _is_seed(split_seed),
         "text_column": isinstance(settings.get("text_column", ""), str),
         "label_column": isinstance(settings.get("label_column", ""), str),
+        "label_separator": isinstance(settings.get("label_separator"), str | None),
     }
     for setting, is_usable in is_known.items():
         if not is_usable:

@@ -346,6 +346,10 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.compare is not None:
         check_compared(args)
         return
+    instead = next((name for name in INSTEAD if getattr(args, name) not in (None, False)), None)
+    if instead is not None and study.is_study(args):
+        flag = f"--{instead.replace('_', '-')}"
+        raise UserError(f"--seeds, --grid and several --lr: they train; leave them out, or {flag}")
     sources.check_model(args.model, kind="encoder")
     check_hub_flags(args)
     if args.compare_tokenizer is not None:
@@ -475,8 +479,12 @@ def check_study(args: argparse.Namespace) -> None:
     if cli.TORCHRUN in os.environ:
         problem = "each run is a process of its own"
         raise UserError(f"--seeds, --grid and several --lr: {problem}; start the script with python")
+    found: dict[str, str] = {}
     for run in plan_study(args).runs:
-        make_parser().parse_args(run.flags)
+        flags = {**vars(make_parser().parse_args(run.flags)), "output_dir": None}
+        written = ", ".join(f"{flag} {value}" for flag, value in run.setting.items())
+        if (same := found.setdefault(repr(flags), written)) != written:
+            raise UserError(f"--grid: {same} and {written} are the same; give one of them")
 
 
 def plan_study(args: argparse.Namespace) -> study.Study:

@@ -82,7 +82,7 @@ class Columns(RuleBasedStateMachine):
             assert {name: found[key].get(name) for name in NAMES} == {name: row.get(name) for name in NAMES}
 
 
-Columns.TestCase.settings = settings(max_examples=20, stateful_step_count=8, deadline=None)
+Columns.TestCase.settings = settings(max_examples=20, stateful_step_count=8)
 test_columns_are_a_dictionary = Columns.TestCase
 
 

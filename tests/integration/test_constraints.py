@@ -50,7 +50,7 @@ PROMPTS = [[30, 31, 32, 33, 34], [50], [70, 71, 72]]
 TEXTS = st.text("abcTheqy \n,", min_size=1, max_size=12)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(TEXTS, min_size=1, max_size=5), st.booleans())
 def test_exactly_one_of_the_choices_comes_out(model, choices, sample):
     constraint = constraints.make_choices(choices, model, model.end_ids)
@@ -94,7 +94,7 @@ REGEXES = st.lists(st.tuples(ATOMS, REPEATS), min_size=1, max_size=5).map(
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.sampled_from(PATTERNS), REGEXES), st.booleans())
 def test_each_text_matches_the_expression(model, pattern, sample):
     """As Python's own `re` understands it, from the beginning to the end."""

@@ -203,7 +203,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_any_manifest_is_read_or_refused(data, made):
     original = (made / "manifest.json").read_text()
@@ -351,7 +351,7 @@ def test_other_deleted_rows_are_refused_although_they_are_sealed(table, folder):
     refused(folder, "deleted-")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_any_bytes_in_place_of_the_rows_are_read_or_refused(data, made, tmp_path_factory):
     """As long as they are sealed, Arrow reads them."""

@@ -103,7 +103,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert {path.name for path in self.folder.iterdir()} - {"manifest.json", ".lock"} == named
 
 
-StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=12)
 test_store_is_a_dictionary = StoreMachine.TestCase
 
 

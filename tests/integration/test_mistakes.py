@@ -427,6 +427,15 @@ FLAGS = {  # name: (flags, what the line must hold)
     "a switch with other values": (["--grid", "compile=1"], ("--grid compile=1", "compile=true,false")),
     "a seed twice": (["--seeds", 1, 2, 1], ("--seeds 1 2 1", "twice")),
     "a rate varied twice": (["--lr", 1, 2, "--grid", "lr=1"], ("--grid lr=1", "twice")),
+    "a value of a grid twice": (
+        ["--grid", "lr=1e-3,2e-3,0.001"],
+        ("--grid: lr 1e-3 and lr 0.001 are the same",),
+    ),
+    "seeds to look at": (["--seeds", 1, 2, "--inspect"], ("--seeds", "leave them out, or --inspect")),
+    "a grid of predictions": (
+        ["--grid", "lr=1,2", "--predict", __file__],
+        ("--grid", "leave them out, or --predict"),
+    ),
     "a study that is not there": (["--seeds", 1, "--resume"], ("--resume", "holds no study")),
     "checkpoints that are not kept": (
         ["--keep", 0, "--save-every", 2],

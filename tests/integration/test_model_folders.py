@@ -786,7 +786,7 @@ def test_any_change_of_a_json_file_is_refused_in_one_line_or_works(count, task, 
     """A random place of a random file of the model is removed, or gets a value that it never had."""
     contents = {file: json.loads((sound[task] / file).read_text()) for file in FUZZED[task]}
 
-    @settings(max_examples=count, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=count, database=None, derandomize=True)
     @given(data())
     def check(drawn) -> None:
         file = drawn.draw(sampled_from(sorted(contents)))

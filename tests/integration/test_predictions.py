@@ -211,6 +211,25 @@ def test_evaluate_only_reads_the_labels_of_the_training(model_of_reviews, tmp_pa
     assert screens[0] == screens[1] != screens[2]
 
 
+def test_evaluate_only_parts_labels_as_the_training_did(model_of_reviews, tmp_path, capsys):
+    """A cell with two labels is no third label."""
+    config, trained = model_of_reviews / "config.json", model_of_reviews / "training.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "problem_type": "multi_label_classification"})
+    )
+    settings = {**json.loads(trained.read_text()), "label_separator": ";", "thresholds": [0.5, 0.5]}
+    trained.write_text(json.dumps(settings))
+    source, labels = tmp_path / "several.csv", {"neg": "LABEL_0; LABEL_1", "pos": "LABEL_1"}
+    rows = [f"{text},{labels[label]}" for text, label in make_sentences(40)]
+    source.write_text("\n".join(["review,mood", *rows]) + "\n")
+    flags = ["--model", model_of_reviews, "--dataset", source, "--evaluate-only", *CPU]
+    screens = []
+    for named in ([], ["--label-separator", ";"]):
+        assert exit_code_in_process(train_classifier, [*flags, *named]) == 0, capsys.readouterr().err
+        screens.append(capsys.readouterr().out)
+    assert screens[0] == screens[1]
+
+
 @pytest.mark.parametrize("name", ["new.txt", "-"])
 @pytest.mark.parametrize(
     "header, flags, parts",

@@ -37,7 +37,7 @@ def drawn(kind: str, count: int, generator: np.random.Generator) -> tuple[list, 
     return numbers.tolist(), numbers
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(kind=st.sampled_from([SINGLE, MULTI, REGRESSION]), seed=st.integers(0, 10**6))
 def test_it_is_scikit_learns_dummy(kind, seed):
     """Oracle: its dummies, fitted to the training split, and its metrics of what they predict."""

@@ -17,7 +17,7 @@ from common.training.tokenization import tokenize
 LENGTHS = st.lists(st.integers(1, 512), min_size=1, max_size=400)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=LENGTHS,
     batch_size=st.integers(1, 40),
@@ -75,7 +75,7 @@ def test_padding_share_counts_positions():
     assert batching.padding_share([1, 3, 4, 4], [np.array([0, 1]), np.array([2, 3])]) == pytest.approx(2 / 14)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(count=st.integers(1, 60), batch_size=st.integers(1, 20), world_size=st.integers(1, 4))
 def test_the_processes_share_each_global_batch_and_all_run_each_step(count, batch_size, world_size):
     for numbers in batching.batch_order([1] * count, batch_size=batch_size, seed=0, epoch=1, buckets=False):
@@ -85,7 +85,7 @@ def test_the_processes_share_each_global_batch_and_all_run_each_step(count, batc
         assert sorted(pick for part in parts for pick in part if not pick.is_filler) == sorted(picks)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=40), batch_size=st.integers(1, 12))
 def test_evaluation_goes_from_long_to_short_through_each_chunk_once_in_bounded_batches(counts, batch_size):
     lengths = [[5 + number % 7] * count for number, count in enumerate(counts)]
@@ -97,7 +97,7 @@ def test_evaluation_goes_from_long_to_short_through_each_chunk_once_in_bounded_b
     assert longest == sorted(longest, reverse=True)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(counts=st.lists(st.integers(1, 9), min_size=1, max_size=40), most=st.integers(1, 12))
 def test_a_cut_keeps_the_picks_in_order_and_the_memory_bounded(counts, most):
     picks = [Pick(row, tuple(range(count))) for row, count in enumerate(counts)]
@@ -126,7 +126,7 @@ def test_drawn_chunks_are_a_function_of_seed_and_epoch_and_reach_every_chunk():
     assert reached == {(chunk,) for chunk in range(7)}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     count=st.integers(1, 50),
     batch_size=st.integers(1, 6),

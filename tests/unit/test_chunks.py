@@ -17,7 +17,7 @@ from common.training.tokenization import cut_chunks, cut_pair, encode
 from conftest import make_sentences
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(num_tokens=st.integers(0, 300), size=st.integers(1, 60), truncation=st.sampled_from(TRUNCATIONS))
 def test_chunks_are_what_their_name_says(num_tokens, size, truncation):
     found = [chunk.tolist() for chunk in cut_chunks(num_tokens, size, truncation)]

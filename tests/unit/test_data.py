@@ -51,7 +51,7 @@ def assert_stratified(part: datasets.Dataset, whole: datasets.Dataset):
 
 
 @given(per_class=PER_CLASS, share=st.floats(0.05, 0.9), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_cut_is_stratified_disjoint_and_complete(per_class, share, seed):
     rows = labelled(per_class)
     size = min(max(round(share * len(rows)), len(per_class)), len(rows) - len(per_class))
@@ -74,7 +74,7 @@ def test_a_cut_is_stratified_disjoint_and_complete(per_class, share, seed):
 
 
 @given(per_class=PER_CLASS, share=st.floats(0, 1), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_sample_is_stratified_and_has_the_size_that_was_asked_for(per_class, share, seed):
     rows = labelled(per_class)
     size = max(len(per_class), round(share * (len(rows) + 5)))
@@ -141,7 +141,7 @@ def test_a_small_data_set_gets_a_row_of_each_class_in_every_split():
 
 @given(per_class=st.lists(st.integers(3, 60), min_size=2, max_size=6), seed=st.integers(0, 2**32 - 1))
 @example(per_class=[100, 100, 3], seed=0)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_every_class_is_in_every_split_however_rare(per_class, seed):
     rows = labelled(per_class)
     splits, _ = data.cut_missing_splits(datasets.DatasetDict(train=rows), seed=seed)
@@ -177,7 +177,7 @@ def test_labels_that_may_be_numbers_are_said_to_be():
 SPELLINGS = {"pos": ["pos", "pos", " pos", "POS ", "Pos"], "neg": ["neg", "neg", "nEg", "neg  "]}
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.permutations([spelled for group in SPELLINGS.values() for spelled in group]))
 def test_tidy_labels_are_the_most_frequent_spelling_or_none(labels):
     missing = ["NaN", "n/a", " ", "NULL"]
@@ -230,7 +230,7 @@ def test_class_names_are_sorted_and_numbers_by_value(values, names):
         lambda values: len(set(values)) > 1
     )
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_whole_numbers_are_classes_in_their_order(values):
     rows = data.validate(datasets.DatasetDict(train=make(values)))["train"]
     assert rows.features["label"].names == [str(value) for value in sorted(set(values))]

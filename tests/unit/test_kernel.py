@@ -86,7 +86,7 @@ def test_rows_that_do_not_count_are_never_found():
     assert all(len(rows) == 0 for rows, _ in search(vectors, queries, 3, alive=np.zeros(500, bool)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_small_collections_full_of_ties(data):
     width, count = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))

@@ -84,7 +84,7 @@ def test_every_kind_of_file_gives_the_rows_that_were_written(ending, tmp_path, c
 
 
 @pytest.mark.parametrize("ending", KINDS)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), max_size=6))
 def test_any_text_comes_out_as_it_went_in(ending, texts):
     # a column of digits only would be a column of numbers

@@ -24,7 +24,7 @@ QUERIES = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(queries=QUERIES, judgements=LINES, whole=st.booleans())
 def test_any_files_are_a_task_or_one_line(queries, judgements, whole, tmp_path_factory):
     folder = tmp_path_factory.mktemp("task")

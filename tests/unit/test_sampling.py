@@ -82,7 +82,7 @@ def test_a_filter_equals_the_librarys_where_the_mass_is_reached_exactly(place):
 NUMBERS = st.one_of(st.integers(-3, 3).map(float), st.floats(-50, 50, width=32), st.just(-INFINITY))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(NUMBERS, min_size=2, max_size=40).filter(lambda row: max(row) > -INFINITY),
     st.sampled_from(sorted(FILTERS)),
@@ -95,7 +95,7 @@ def test_a_filter_equals_the_librarys_on_any_row(row, name, share):
     assert torch.equal(ours(logits, value), theirs(value)(None, logits.clone()))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.lists(st.integers(0, 9), min_size=7, max_size=7), min_size=1, max_size=3),
     st.integers(1, 9),
@@ -118,7 +118,7 @@ def test_history_filters_equal_the_librarys(ids, size, penalty, padding):
     assert torch.equal(sampling.forbid_repeated_ngrams(logits, ids, size, starts), unpadded)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.lists(st.integers(0, 9), min_size=5, max_size=5), min_size=1, max_size=3),
     st.lists(st.tuples(st.integers(0, 9), st.floats(-9, 9, width=32)), min_size=1, max_size=4, unique_by=min),

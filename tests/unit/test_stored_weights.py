@@ -29,7 +29,7 @@ def random_groups(kind: str, rows: int, columns: int, seed: int = 0):
     return numbers, scales, minimums if kind == "groups4" else None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(["groups4", "groups8"]), st.integers(1, 40), st.integers(1, 5), st.integers(0, 9))
 def test_what_is_packed_is_unpacked(kind, rows, groups, seed):
     numbers, scales, minimums = random_groups(kind, rows, 32 * groups, seed)

@@ -555,7 +555,7 @@ def oracle(content: str, delimiter: str) -> list[list[str]] | None:
 PIECES = st.sampled_from(['"', '""', ",", "\n", "\r\n", "\r", "a", "b c", " ", "é", "\t", ";", "\0", "1"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cells=st.lists(PIECES, max_size=40), width=st.integers(1, 3))
 def test_any_csv_gives_the_rows_of_the_csv_module(cells, width):
     content = ",".join(["text", "label", "id"][:width]) + "\n" + "".join(cells)
@@ -568,7 +568,7 @@ def test_any_csv_gives_the_rows_of_the_csv_module(cells, width):
         assert [list(row) for row in zip(*columns.values())] == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rows=st.lists(
         st.lists(st.text(NO_SURROGATES, max_size=8), min_size=2, max_size=2), min_size=1, max_size=20
@@ -609,7 +609,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     texts=st.lists(st.text(NO_SURROGATES, max_size=10) | st.none(), min_size=1, max_size=8),
     extras=st.lists(VALUES, min_size=8, max_size=8),
@@ -636,7 +636,7 @@ def same(found, expected) -> bool:
     return found == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     lines=st.lists(
         st.builds(lambda text: json.dumps({"text": text}), st.text(NO_SURROGATES, max_size=5))

@@ -205,7 +205,7 @@ def test_cut_and_sampled_rows_are_like_all_rows(kind):
 # Scores -------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), num_labels=st.integers(1, 5), count=st.integers(2, 40), rare=st.booleans())
 def test_scores_of_labels_equal_scikit_learns(seed, num_labels, count, rare):
     generator = np.random.default_rng(seed)
@@ -250,7 +250,7 @@ def test_scores_of_labels_equal_scikit_learns(seed, num_labels, count, rare):
     assert set(HEADLINES[MULTI]) <= scores.keys() <= {*SCORES[MULTI], "per_class"}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), count=st.integers(2, 25), ties=st.booleans())
 def test_a_chosen_threshold_has_the_best_f1_of_all(seed, count, ties):
     """Oracle: the F1 of scikit-learn at each probability that occurs, and in the middle between two."""
@@ -274,7 +274,7 @@ def test_a_chosen_threshold_has_the_best_f1_of_all(seed, count, ties):
     ) + 1e-12 or (np.isclose(f1(chosen), best) and chosen in probabilities)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), num_outputs=st.integers(1, 3), count=st.integers(3, 40))
 def test_scores_of_numbers_equal_scipys_and_scikit_learns(seed, num_outputs, count):
     generator = np.random.default_rng(seed)
@@ -314,7 +314,7 @@ def test_a_correlation_with_equal_numbers_is_left_out():
     assert "pearson" not in scores and scores["per_number"]["spearman"] == [None] and scores["mae"] == 1.0
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), num_classes=st.integers(2, 4), count=st.integers(4, 40))
 def test_scores_of_classes_equal_scikit_learns(seed, num_classes, count):
     generator = np.random.default_rng(seed)

@@ -84,7 +84,7 @@ def test_lines_folders_standard_input_and_the_bundled_set(tmp_path, cache_dir, m
     assert len(news) == 2127 and rows_of(news)[0]["label"] == "business"
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lines=st.lists(
         st.text(st.characters(exclude_characters="\n\r\ufeff", exclude_categories=["Cs"]), min_size=1).filter(
@@ -218,7 +218,7 @@ def test_ids_must_be_there_once(content, parts, left, tmp_path, cache_dir):
     ] == left
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.data())
 def test_spans_cover_all_tokens_with_their_overlap(data):
     count = data.draw(st.integers(0, 120))
@@ -264,7 +264,7 @@ def byte_level_encoder(max_length: int):
     return SimpleNamespace(tokenizer=fast, max_length=max_length, name="bpe", prompt=lambda role: "")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     words=st.lists(
         st.sampled_from(["the", "film", "naïve", "中文", "🎉", "x" * 70, "good,", "\n", "  ", "n17"]),

@@ -36,21 +36,21 @@ def test_pieces_are_whole_characters_and_join_to_the_text(text):
     assert len([piece for piece in pieces if piece]) > 5  # it streams
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(st.characters(codec="utf-8"), max_size=30))
 def test_any_text_comes_through(text):
     ids = BPE(text)["input_ids"]
     assert "".join(stream(ids)[0]) == BPE.decode(ids)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(0, len(BPE) - 1), max_size=40))
 def test_any_tokens_come_through(ids):
     """A model may write bytes that are no text."""
     assert "".join(stream(ids)[0]) == BPE.decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.text(st.characters(codec="utf-8"), max_size=20), st.lists(st.integers(3, len(BPE) - 1), max_size=20)
 )
@@ -93,7 +93,7 @@ def test_a_stop_string_and_what_follows_is_not_shown(text, stops, shown):
     assert "".join(pieces) == found.text == shown and found.stopped == (shown != text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text("ab🤖", max_size=20), st.lists(st.text("ab🤖", min_size=1, max_size=4), max_size=3))
 def test_the_text_ends_before_the_first_stop_string(text, stops):
     """Oracle: str.find in the whole text, token by token: a string counts as soon as it is
