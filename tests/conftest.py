@@ -76,7 +76,7 @@ def pytest_configure(config):
         import hypothesis
 
         # how long an example takes depends on what else runs; what hangs is ended by pytest-timeout
-        hypothesis.settings.register_profile("no deadline")
+        hypothesis.settings.register_profile("no deadline", deadline=None)
         hypothesis.settings.load_profile("no deadline")
 
 

@@ -124,7 +124,7 @@ def test_prompts_that_do_not_fit_are_left_out(script, tmp_path):
     "name, content, place, flags",
     [
         ("x.txt", "%s\n\n%s\n", "line 2", []),
-        ("x.csv", "text,id\n%s,1\n,2\n%s,3\n", "row 2", []),
+        ("x.csv", "text,id\n%s,1\n,2\n%s,3\n", "row 3", []),
         ("x.jsonl", '{"prompt": "%s"}\n{"prompt": ""}\n{"prompt": "%s"}\n', "line 2", []),
         ("x.txt", "%s\n  \n%s\n", "line 2", ["--chat"]),
         ("x.jsonl", '{"prompt": "%s"}\n{"messages": 1}\n{"prompt": "%s"}\n', "line 2", ["--chat"]),
