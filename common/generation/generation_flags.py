@@ -407,6 +407,8 @@ def check_ranges(args: argparse.Namespace) -> None:
     if not LOWEST_PENALTY <= (args.repetition_penalty or 1.0) <= 1 / LOWEST_PENALTY:
         limits = f"from {LOWEST_PENALTY:g} to {1 / LOWEST_PENALTY:g}"
         raise UserError(f"--repetition-penalty {args.repetition_penalty}: use a number {limits}")
+    if args.compare and args.top_k == 0 and "--top-k" in given_flags(args):
+        raise UserError("--top-k 0: --compare shows what is drawn with it; give a number above 0")
     if args.xtc_threshold > MOST_THRESHOLD:
         reason = f"no two tokens are so likely; use at most {MOST_THRESHOLD}"
         raise UserError(f"--xtc-threshold {args.xtc_threshold}: {reason}")

@@ -226,6 +226,7 @@ FLAGS = {  # name: (flags, what the line must hold)
         [*P, "--stream", "--output", "x.jsonl"],
         ("--stream", "--output 'x.jsonl'", "leave one"),
     ),
+    "no top-k to compare": ([*P, "--compare", "--top-k", 0], ("--top-k 0", "--compare", "above 0")),
     "standard input for two things": (
         ["--prompts-file", "-", "--references", "-"],
         ("--references -", "standard input", "name a file"),
