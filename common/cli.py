@@ -561,7 +561,7 @@ def _endings(prog: str, *, debug: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         _exit(f"{prog}: interrupted" if is_rank_0() else "", 130)
     except BrokenPipeError:  # the reader of stdout has left, as in `... | head`
-        _drop_stdout()
+        _drop(1)
         _exit("", 141)
     except Exception as error:
         if "RANK" in os.environ and any(words in str(error) for words in LOST_PEER):
@@ -575,15 +575,17 @@ def _endings(prog: str, *, debug: bool = False) -> Iterator[None]:
         _exit(f"{prog}: error: {reason}", 2)
 
 
-def _drop_stdout() -> None:
-    """Let what is still printed, also at Python's own end, go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def _drop(descriptor: int) -> None:
+    """Let what is still printed there, also at Python's own end, go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _report(message: str) -> None:
     """Print a line on stderr, which may be closed or full."""
-    with contextlib.suppress(OSError, ValueError):
+    try:
         print(printable(message), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        _drop(2)  # else Python fails to write it again at its end, and ends with code 120
 
 
 def _tell_torchrun(message: str) -> None:
@@ -604,7 +606,7 @@ def _exit(message: str, code: int) -> NoReturn:
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
-        _drop_stdout()
+        _drop(1)
     if message:
         _report(message)
     _tell_torchrun(message)

@@ -27,7 +27,7 @@ def read_objects(data: DataFile) -> Iterator[Row]:
         try:
             # decode() looks for white space around the value too, which takes as long again
             row, end = scan(line, 0)
-            is_whole = end == len(line) - 1 and isinstance(row, dict)
+            is_whole = line[end:] in ("\n", "") and isinstance(row, dict)
         except (StopIteration, ValueError):
             row, is_whole = None, False
         if not is_whole:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -56,6 +55,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 def save_adapter(model: Path, folder: Path, **settings: Any) -> Path:
     """Write an adapter for a model as a training with peft does, of random numbers."""
+    import peft  # five seconds, in the process that runs these tests alone
+
     base = AutoModelForCausalLM.from_pretrained(model)
     is_gpt2 = base.config.model_type == "gpt2"
     usual = {"target_modules": ["c_attn", "c_fc"] if is_gpt2 else ["q_proj", "v_proj", "down_proj"]}
@@ -72,6 +73,8 @@ def save_adapter(model: Path, folder: Path, **settings: Any) -> Path:
 
 def by_peft(model: Path, adapter: Path) -> Any:
     """Return a model with an adapter beside its weights, as peft reads it."""
+    import peft
+
     return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter).eval()
 
 
