@@ -34,15 +34,7 @@ from common.columns import kept_by_flags
 from common.errors import Fault, Interrupted, UserError, counted, note
 from common.sources import FileOptions
 from common.training import predictions, study, training_flags
-from common.training.run import (
-    LABEL_COLUMN,
-    PAIR,
-    TEXT_COLUMN,
-    RunLocation,
-    check_task,
-    check_text_columns,
-    finished_runs,
-)
+from common.training.run import PAIR, RunLocation, check_task, check_text_columns, finished_runs
 from common.training.training_flags import (
     commits_of,
     needs_no_model,
@@ -649,8 +641,8 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     # a run can only be resumed from checkpoints with its identity: the flags, with the defaults
     # that were chosen, the model and the data
     chosen = {**dataclasses.asdict(loaded.config.tokens), "task": loaded.config.task.kind}
-    chosen |= {"text_column": args.text_column or TEXT_COLUMN}
-    chosen |= {"label_column": args.label_column or LABEL_COLUMN}
+    given = data_config(args)
+    chosen |= {"text_column": given.texts.text_column, "label_column": given.labels.label_column}
     settings = {**settings_of(args), **chosen, **commits_of(args)}
     identity = checkpoint.identity(settings, loaded.model, loaded.tokenized, runtime)
     checkpoints = Checkpoints(location, identity, keep=args.keep, keep_after=args.keep_after, runtime=runtime)

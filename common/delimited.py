@@ -242,7 +242,8 @@ def _as_numbers(column: pa.ChunkedArray, decimal: str) -> pa.ChunkedArray:
     for pattern, kind in ((WHOLE, pa.int64()), (fractions, pa.float64()), (BOOLEAN, pa.bool_())):
         # most columns of texts are none of these in their first cells already
         if _all_match(head, pattern) and _all_match(cells, pattern):
-            numbers = pc.replace_substring(cells, decimal, ".").cast(kind)
+            points = cells if decimal == "." else pc.replace_substring(cells, decimal, ".")
+            numbers = points.cast(kind)
             is_finite = kind != pa.float64() or pc.all(pc.is_finite(numbers)).as_py()
             return numbers if is_finite else cells  # 1e400 would be infinite
     return cells

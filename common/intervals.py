@@ -101,16 +101,22 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def randomization(
-    differences: Callable[[np.ndarray], dict[str, np.ndarray]], counts: np.ndarray
+    scores: Callable[[np.ndarray], dict[str, np.ndarray]], counts: np.ndarray
 ) -> dict[str, float]:
-    """Return the two-sided p-values of differences between two systems by approximate randomization:
+    """Return the two-sided p-values of the differences between two systems by approximate randomization:
     how often they are as large when answers are exchanged at random (Noreen 1989; Yeh 2000, "More
     accurate tests for the statistical significance of result differences").
 
-    `counts` are the numbers of equal rows (N); `differences` computes those (R) of a block (R, N) that
-    says in how many of them the answers are exchanged. Of few rows it is as careful as McNemar's test,
-    where a bootstrap would call chance significant.
+    `counts` are the numbers of equal rows (N). `scores` returns those (R) of systems that give the
+    answers of both, the first one's before the other's, as often as a block (R, 2 N) says. Of few rows
+    it is as careful as McNemar's test, where a bootstrap would call chance significant.
     """
+
+    def differences(exchanged: np.ndarray) -> dict[str, np.ndarray]:
+        kept = counts - exchanged
+        before, after = scores(np.hstack([kept, exchanged])), scores(np.hstack([exchanged, kept]))
+        return {name: after[name] - before[name] for name in before}
+
     generator = np.random.default_rng(SEED)
     blocks = [
         differences(generator.binomial(counts, 0.5, size=(size, len(counts))))

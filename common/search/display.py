@@ -70,11 +70,11 @@ def texts_at(
     selection: Selection, positions: Iterable[int], kept: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """Return id and text at some positions, and under `columns` those that are `kept`."""
-    rows = selection.rows[np.fromiter(positions, np.int64)]
-    entries = selection.snapshot.take(rows, [ID, TEXT, *(kept or ())])
-    texts: list[dict[str, Any]] = [{"id": row[ID], "text": row[TEXT]} for row in entries]
-    for text, row in zip(texts, entries if kept is not None else ()):
-        text["columns"] = {name: row[name] for name in kept or ()}
+    rows, names = selection.rows[np.fromiter(positions, np.int64)], list(kept or ())
+    texts = []
+    for row in selection.snapshot.take(rows, [ID, TEXT, *names]):
+        columns = {} if kept is None else {"columns": {name: row[name] for name in names}}
+        texts.append({"id": row[ID], "text": row[TEXT], **columns})
     return texts
 
 

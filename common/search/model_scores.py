@@ -178,12 +178,5 @@ def differences(models: Sequence[ModelScores]) -> list[dict[str, Any]]:
 def _randomized(first: ModelScores, other: ModelScores) -> dict[str, float]:
     """Return the p-value of the difference of each measure, by exchanging what two models came to."""
     values = {name: np.concatenate([first.values[name], other.values[name]]) for name in first.values}
-    both = replace(first, values=values)  # of each query, each model gets one of the two values
-
-    def of_exchanged(exchanged: np.ndarray) -> dict[str, np.ndarray]:
-        kept = 1 - exchanged
-        before = both.resampled(np.hstack([kept, exchanged]))
-        after = both.resampled(np.hstack([exchanged, kept]))
-        return {name: after[name] - before[name] for name in before}
-
-    return randomization(of_exchanged, np.ones(len(first.queries), dtype=int))
+    both = replace(first, values=values)  # of each query, a model gets one of the two values
+    return randomization(both.resampled, np.ones(len(first.queries), dtype=int))

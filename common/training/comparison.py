@@ -20,7 +20,7 @@ from common import terminal
 from common.errors import UserError, counted, one_line, shorten
 from common.files import read_json
 from common.intervals import Interval, bootstrap, holm, mcnemar, percentiles, randomization
-from common.training.resampling import Answers, Statistics, score_intervals
+from common.training.resampling import Answers, score_intervals
 from common.training.run import CONFIG, MULTI, REGRESSION, RESULTS, SINGLE, Kind
 from common.training.study import headline_scores, latex_table
 
@@ -164,7 +164,7 @@ def differences(first: FinishedRun, other: FinishedRun) -> list[Difference]:
         before, after = (of_run(weights) for of_run in statistics)
         return {name: after[name] - before[name] for name in TESTED[first.kind]}
 
-    resampled, p_values = bootstrap(of_pairs, len(keys)), randomization(*_exchanged(*both))
+    resampled, p_values = bootstrap(of_pairs, len(keys)), _randomized(*both)
     exact = of_pairs(np.ones((1, len(keys)), dtype=int))
     found = []
     for name in TESTED[first.kind]:
@@ -179,23 +179,15 @@ def differences(first: FinishedRun, other: FinishedRun) -> list[Difference]:
     return found
 
 
-def _exchanged(first: Answers, other: Answers) -> tuple[Statistics, np.ndarray]:
-    """Return a function that computes the differences of two runs some of whose answers are exchanged,
-    and how many rows are equal in truth and answers: to exchange one is to exchange any of them.
+def _randomized(first: Answers, other: Answers) -> dict[str, float]:
+    """Return the p-value of the difference of each score, by exchanging the answers of two runs. Rows
+    that are equal in truth and answers are counted: to exchange one is to exchange any of them.
     """
     columns = np.column_stack([first.truth, first.predicted, other.predicted])
     rows, counts = np.unique(columns, axis=0, return_counts=True)
     truth, *said = (part.reshape(-1, *first.truth.shape[1:]) for part in np.split(rows, 3, axis=1))
-    # the answers of both runs, one behind the other: each run gets one for each row
     both = Answers(first.kind, np.concatenate([truth, truth]), np.concatenate(said), first.num_classes)
-    scores = both.statistics()
-
-    def statistics(exchanged: np.ndarray) -> dict[str, np.ndarray]:
-        kept = counts - exchanged
-        before, after = scores(np.hstack([kept, exchanged])), scores(np.hstack([exchanged, kept]))
-        return {name: after[name] - before[name] for name in TESTED[first.kind]}
-
-    return statistics, counts
+    return randomization(both.statistics(), counts)
 
 
 def shared_lines(runs: list[FinishedRun]) -> Iterator[str]:
