@@ -11,6 +11,7 @@ import gc
 
 gc.disable()  # until all tests are collected: what they import is no garbage, and the search takes time
 
+import atexit
 import contextlib
 import hashlib
 import io
@@ -81,14 +82,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """Search for garbage among what the tests make, and not among what they have imported."""
+    """Search for garbage among what the tests make, and not among what they have imported; at its end
+    the interpreter tidies up as it always does: some libraries tell of what it leaves.
+    """
     gc.freeze()
     gc.enable()
-
-
-def pytest_sessionfinish():
-    """Let the interpreter tidy up as it always does: some libraries tell of what it leaves."""
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)
 
 
 def exit_code_in_process(script: ModuleType, flags: list) -> int:

@@ -20,7 +20,7 @@ from common.generation import language_model
 from common.generation.language_model import Loading
 from common.generation.stored_weights import Matrix
 from common.runtime import Runtime
-from conftest import exit_code_in_process, with_defaults
+from conftest import exit_code_in_process, quick, with_defaults
 from hub_server import HubServer
 from language_models import PROMPTS, SIZES, needs_compiler, save_tiny_model, train_byte_bpe
 
@@ -105,9 +105,16 @@ KINDS = {  # name: (model, settings of the adapter)
     "embedding and head": ("llama", {"target_modules": ["embed_tokens", "lm_head", "o_proj"]}),
     "biases": ("gpt2", {"bias": "lora_only"}),
 }
+QUICK = (
+    "llama",
+    "gpt2",
+    "scales and ranks of their own",
+    "directions and lengths (DoRA)",
+    "a whole head that was tied",
+)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", quick(KINDS.keys(), *QUICK))
 def test_texts_are_those_that_peft_generates(name, models, script, tmp_path):
     """Greedy tokens one by one, drawn ones in a padded batch by --check."""
     kind, settings = KINDS[name]

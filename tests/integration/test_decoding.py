@@ -210,10 +210,20 @@ OWN_DEFAULTS = {  # of a model's generation config: no flag asks for any of them
     "sequence_bias": [[[9], 50.0]],
     "guidance_scale": 2.0,
 }
+OF_DRAWS = ("epsilon_cutoff", "eta_cutoff", "top_h")  # what greedy texts don't depend on
 
 
-@pytest.mark.parametrize("name", OWN_DEFAULTS)
-@pytest.mark.parametrize("flags", [{}, {"sample": True, "temperature": 1.5}], ids=["greedy", "drawn"])
+def own_defaults() -> list:
+    """Return each of them with flags: by default greedy, or drawn where only draws depend on it."""
+    drawn = {"sample": True, "temperature": 1.5}
+    return [
+        pytest.param(flags, name, id=f"{way}-{name}", marks=[] if is_quick else pytest.mark.slow)
+        for name in OWN_DEFAULTS
+        for way, flags, is_quick in (("greedy", {}, name not in OF_DRAWS), ("drawn", drawn, name in OF_DRAWS))
+    ]
+
+
+@pytest.mark.parametrize("flags, name", own_defaults())
 def test_generate_is_asked_for_what_the_flags_say_and_nothing_else(name, flags):
     """What a call leaves open, generate takes from the model's own generation config; afterwards
     the model has it again.

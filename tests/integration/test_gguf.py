@@ -21,11 +21,12 @@ from common.generation import decoding, explain, language_model, stored_weights
 from common.generation.language_model import Loading
 from common.generation.stored_weights import Matrix
 from common.runtime import Runtime
-from conftest import generate_on_cpu
+from conftest import generate_on_cpu, quick
 from language_models import K_QUANTS, TEXTS, needs_compiler, random_blocks, save_tiny_model
 
 CPU = Runtime(torch.device("cpu"), "fp32")
 FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q5_0")
+QUICK = ("F16", "Q4_0", "Q4_1", "Q8_0")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def _merges(folder: Path) -> list[list[str]]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", quick(FORMATS, *QUICK))
 def test_a_file_is_the_model_that_transformers_reads_from_it(kind, tiny, cache, tmp_path):
     path = tmp_path / f"{kind}.gguf"
     write_gguf(tiny, path, kind)

@@ -1,4 +1,4 @@
-"""What each command loads, in a process of its own: help and mistakes load nothing large, and a
+"""What each command loads, in a process that began with nothing: help and mistakes load nothing large, and a
 command loads no library that only other commands need.
 """
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,38 @@ packages = lambda: sorted({name.partition(".")[0] for name in sys.modules})
 atexit.register(lambda: open(report, "w").write(json.dumps(packages())))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+# Forks a child for each line of its input, [report, script, *flags], which does the same and ends
+# without Python's tidying up; prints its exit code. What all commands load is loaded here; if that
+# were a large package, every child would have it.
+FORKS = """
+import atexit, json, os, runpy, sys, traceback
+import common.generation.generation_flags, common.search.search_checks, common.training.training_flags
+packages = lambda: sorted({name.partition(".")[0] for name in sys.modules})
+def run():
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as exit:
+        return exit.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+for line in sys.stdin:
+    report, *argv = json.loads(line)
+    child = os.fork()
+    if not child:
+        sys.argv = argv
+        sys.stdin = open(os.devnull)
+        os.dup2(os.open(report + ".stdout", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(os.open(report + ".stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        code = run()
+        atexit._run_exitfuncs()
+        sys.stdout.flush(), sys.stderr.flush()
+        with open(report, "w") as file:
+            json.dump(packages(), file)
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 # the packages whose import takes a tenth of a second or more
 LARGE = {
     "llguidance",
@@ -36,6 +69,11 @@ LARGE = {
 STORE = {"numpy", "pyarrow"}  # what an index is read with
 COMPUTE = {*STORE, "torch", "tabulate"}
 SKLEARN = {"sklearn", "scipy", "pandas"}
+
+
+def environment_of(folder: Path) -> dict[str, str]:
+    """Return the environment of a process that finds nothing of this machine's but the scripts."""
+    return {"PATH": "", "HOME": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
 def packages_of(command: list[str], folder: Path, **environment: str) -> tuple[int, set[str], str]:
@@ -50,7 +88,7 @@ def packages_of(command: list[str], folder: Path, **environment: str) -> tuple[i
         text=True,
         timeout=120,
         cwd=folder,
-        env={"PATH": "", "HOME": str(folder), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **environment},
+        env={**environment_of(folder), **environment},
     )
     return done.returncode, LARGE & set(json.loads(report.read_text())), done.stderr
 
@@ -84,6 +122,31 @@ def home(embed, tmp_path_factory) -> Path:
         )
     save_tiny_model(home / "llama")
     return home
+
+
+@pytest.fixture(scope="module")
+def forked_packages_of(home) -> Iterator[Callable]:
+    """`packages_of` for many commands, in children of one process that has loaded nothing large."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=home,
+        env=environment_of(home),
+    )
+
+    def run(command: list[str]) -> tuple[int, set[str], str]:
+        report = home / "forked.json"
+        report.unlink(missing_ok=True)
+        script, *flags = command
+        process.stdin.write(json.dumps([str(report), str(ROOT / script), *flags]) + "\n")
+        process.stdin.flush()
+        code = int(process.stdout.readline())
+        return code, LARGE & set(json.loads(report.read_text())), Path(f"{report}.stderr").read_text()
+
+    yield run
+    process.communicate()
 
 
 TABLES = ("texts.csv", "texts.tsv", "texts.jsonl", "list.json")
@@ -163,10 +226,17 @@ QUICK = [  # help and mistakes: (command, exit code)
 
 
 @pytest.mark.parametrize("command, code", QUICK, ids=[" ".join(command) for command, _ in QUICK])
-def test_help_and_mistakes_load_nothing_large(command, code, home):
-    found, packages, stderr = packages_of(command, home)
+def test_help_and_mistakes_load_nothing_large(command, code, forked_packages_of):
+    found, packages, stderr = forked_packages_of(command)
     assert (found, packages) == (code, set()), stderr
     assert len(stderr.splitlines()) == (code == 2), stderr
+
+
+def test_packages_that_are_loaded_are_seen(home, forked_packages_of):
+    """The same command in a forked child and in a process of its own: one that does load some."""
+    command = [EMBED, "verify", "--index", "ix"]
+    assert forked_packages_of(command) == packages_of(command, home)
+    assert forked_packages_of(command)[:2] == (0, STORE)
 
 
 INDEX = ("--index", "ix")

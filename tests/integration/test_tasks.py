@@ -367,7 +367,7 @@ def test_thresholds_are_chosen_on_validation_saved_and_used(finished, forked_run
         assert answer["labels"] == [name for name in TOXIC if answer["scores"][name] >= limits[name]]
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", heavy("constant")])
 def test_a_run_has_as_many_steps_as_asked_for_on_its_schedule(schedule, finished, forked_runs, tmp_path):
     """It ends within an epoch, killed and continued too. Oracle: transformers' schedules."""
     data, flags = finished(REGRESSION).data, ["--max-steps", 15, "--log-every", 1, "--warmup-ratio", 0.2]
