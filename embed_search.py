@@ -170,10 +170,7 @@ def check_matrix(count: int) -> None:
 
 def index(args: argparse.Namespace, screen: Screen) -> None:
     """Build an index, or bring it up to date."""
-    from common.search import display
-    from common.search.builder import Builder, fill, read_vectors, settings_of
-    from common.search.encoder import chunk_size, load_encoder, load_index_encoder
-    from common.search.index import open_store
+    from common.search.encoder import load_encoder, load_index_encoder
 
     runtime, folder, config = start(args), Path(args.index), encoder_config(args)
     existing, text_columns = None, ()
@@ -199,29 +196,43 @@ def index(args: argparse.Namespace, screen: Screen) -> None:
     if not runtime.is_main:
         encoder.run_worker()
         return
+    with encoder.workers():
+        fill_index(args, read(), encoder, options, screen)
+
+
+def fill_index(
+    args: argparse.Namespace,
+    collection: Collection,
+    encoder: Encoder,
+    options: flags.IndexOptions,
+    screen: Screen,
+) -> None:
+    """Write the embeddings of texts to an index, block by block; a signal keeps the blocks that are done."""
+    from common.search import display
+    from common.search.builder import Builder, fill, read_vectors, settings_of
+    from common.search.encoder import chunk_size
+    from common.search.index import open_store
+
     settings, started, builder = settings_of(encoder, **options), time.perf_counter(), None
+    if settings["chunk_overlap"] is not None:
+        chunk_size(encoder, settings["chunk_overlap"])  # refuses one that is too large
     cli.exit_at_signals()
     try:
-        with encoder.workers():
-            collection = read()
-            if settings["chunk_overlap"] is not None:
-                chunk_size(encoder, settings["chunk_overlap"])  # refuses one that is too large
-            with open_store(folder, settings=settings, wait=args.wait) as store:
-                check_settings(args.index, settings, store.snapshot.settings)
-                if store.snapshot.num_rows and settings["model"] != store.snapshot.settings["model"]:
-                    store.record_model(settings["model"])  # the same one, which has moved
-                skip, given = {"skip_bad": args.skip_bad}, None
-                if args.vectors:
-                    given = read_vectors(args.vectors, collection, encoder, **skip, say=screen.say)
-                builder = Builder(store, encoder, update=args.update, given=given, **skip)
-                fill(builder, collection, block=args.block)
-                if args.prune:
-                    builder.remove_unseen()
-                seconds = time.perf_counter() - started
-                display.show_build(screen, builder, collection, seconds=seconds)
+        with open_store(args.index, settings=settings, wait=args.wait) as store:
+            check_settings(args.index, settings, store.snapshot.settings)
+            if store.snapshot.num_rows and settings["model"] != store.snapshot.settings["model"]:
+                store.record_model(settings["model"])  # the same one, which has moved
+            skip, given = {"skip_bad": args.skip_bad}, None
+            if args.vectors:
+                given = read_vectors(args.vectors, collection, encoder, **skip, say=screen.say)
+            builder = Builder(store, encoder, update=args.update, given=given, **skip)
+            fill(builder, collection, block=args.block)
+            if args.prune:
+                builder.remove_unseen()
+            display.show_build(screen, builder, collection, seconds=time.perf_counter() - started)
     except SystemExit as stopped:
         done = builder.counts.committed if builder else 0
-        message = f"stopped; {done:,} texts of this run are in {folder}; the same command continues"
+        message = f"stopped; {done:,} texts of this run are in {args.index}; the same command continues"
         raise Interrupted(message, int(stopped.code or 0)) from None
 
 

@@ -651,8 +651,7 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     rows = loaded.tokenized["train"]
     state = prepare(loaded.model, loaded.tokenizer, rows, loaded.config, runtime)
     with explain_out_of_memory(loaded.config.memory_advice()):
-        line = batching.memory_line(state.model, rows, state.tokenizer, state.micro_batch, runtime)
-        runtime.say(line)
+        runtime.say(batching.memory_line(state.model, rows, state.tokenizer, state.micro_batch, runtime))
     if start is not None:
         checkpoints.restore(start, state)
     log = checkpoints.open_log(settings, state.model, start)

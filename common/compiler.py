@@ -72,8 +72,19 @@ def load(
     try:
         return declare(ctypes.CDLL(str(folder / name)))
     except (OSError, AttributeError):  # not there, or cut off by a full disk
-        pass
-    compiler = find_compiler()
+        return _compiled(source, native, folder / name, declare=declare, check=check)
+
+
+def _compiled(
+    source: Path,
+    native: str,
+    path: Path,
+    *,
+    declare: Callable[[ctypes.CDLL], ctypes.CDLL],
+    check: Callable[[ctypes.CDLL], None],
+) -> ctypes.CDLL:
+    """Compile a source file for this processor, check it, keep it as `path`, and return it."""
+    compiler, folder = find_compiler(), path.parent
     if compiler is None:
         raise NotSupported("no C compiler (cc, gcc, clang, or pip install ziglang)")
     try:
@@ -82,7 +93,7 @@ def load(
     except OSError:
         scratch = tempfile.TemporaryDirectory()
     with scratch as scratch_name:
-        compiled = Path(scratch_name) / name
+        compiled = Path(scratch_name) / path.name
         compile_file([*compiler, *FLAGS, *INCLUDES, native, str(source), "-o", str(compiled), "-lm"])
         try:
             library = declare(ctypes.CDLL(str(compiled)))  # stays loaded when the file is gone
@@ -91,7 +102,7 @@ def load(
             raise NotSupported(problem) from error
         check(library)
         if compiled.parent.parent == folder:
-            os.replace(compiled, folder / name)
+            os.replace(compiled, path)
     return library
 
 

@@ -514,8 +514,7 @@ def _read_folder(
         )
     odd = next((path for path in named_as_data if path not in files), None)
     if files and odd is not None:
-        advice = "move it, or name one of the files"
-        raise UserError(f"--dataset {root}: {odd.name} is no file; {advice}")
+        raise UserError(f"--dataset {root}: {odd.name} is no file; move it, or name one of the files")
     if files:
         return _read_split_files(root, files, read_one)
     if splits:  # as in the IMDb archive: train/pos, train/neg, test/pos, test/neg

@@ -93,24 +93,32 @@ def find_folder(
         is_short = "/" not in name and name.lower() not in WITHOUT_ORGANIZATION
         if organization is not None and is_short:
             name = f"{organization}/{name}"
-
-        def pickled_only(folder: Path) -> list[str]:
-            model_files.check(folder, f"{flag} {name}")
-            parts = model_files.parts_without_weights(folder, f"{flag} {name}")
-            return [f"{part}{file}" for part in parts for file in model_files.PICKLED_FILES]
-
-        folder = hub.download(
-            name,
-            FILES_READ,
-            pickled_only,
-            flag=flag,
-            what="a model",
-            others=f"a local folder or {bundled.names(kind)}",
-            cache_dir=cache_dir,
-            revision=revision,
-        )
-        model_files.check(folder, f"{flag} {name}")
+        folder = _downloaded(name, kind=kind, flag=flag, cache_dir=cache_dir, revision=revision)
     return pickled_weights.converted_model(folder, f"{flag} {name}", cache_dir=cache_dir)
+
+
+def _downloaded(
+    name: str, *, kind: bundled.Kind, flag: str, cache_dir: str | None, revision: str | None
+) -> Path:
+    """Return the folder of a model of the Hub, pickled weights only where there are no others."""
+
+    def pickled_only(folder: Path) -> list[str]:
+        model_files.check(folder, f"{flag} {name}")
+        parts = model_files.parts_without_weights(folder, f"{flag} {name}")
+        return [f"{part}{file}" for part in parts for file in model_files.PICKLED_FILES]
+
+    folder = hub.download(
+        name,
+        FILES_READ,
+        pickled_only,
+        flag=flag,
+        what="a model",
+        others=f"a local folder or {bundled.names(kind)}",
+        cache_dir=cache_dir,
+        revision=revision,
+    )
+    model_files.check(folder, f"{flag} {name}")
+    return folder
 
 
 def check_model(name: str, *, kind: bundled.Kind, flag: str = "--model") -> None:

@@ -289,14 +289,7 @@ class CompiledModel:
         new = length - first
         cache.reserve(texts, length)
         self._use(cache)
-        # column by column, so that a text's rows come in order; by numpy, because a call of PyTorch
-        # takes some microseconds, and this is done for each token
-        rows = np.empty((4, new, texts), np.int32)
-        rows[0] = ids[:, first:].numpy().T
-        rows[1] = np.arange(texts)
-        rows[2] = np.arange(first, length)[:, None]
-        rows[3] = np.minimum(starts.numpy(), rows[2])
-        tokens, row_texts, columns, row_starts = rows.reshape(4, -1)
+        tokens, row_texts, columns, row_starts = _rows_of(ids, starts, first)
         cosines, sines = self._angles(columns - row_starts)
         logits = torch.empty(keep * texts, self.c_model.vocabulary)
         num_skipped = len(tokens) - len(logits)  # rows without logits
@@ -337,6 +330,20 @@ class CompiledModel:
             cosines, sines = self.transformer.rotary(torch.arange(2 * needed))
             self.cosines, self.sines = cosines.numpy(), sines.numpy()
         return self.cosines[positions], self.sines[positions]
+
+
+def _rows_of(ids: Tensor, starts: Tensor, first: int) -> np.ndarray:
+    """Return the token, text, column and first column of each row (4, R), for the columns of ids (B, T)
+    from `first` on: column by column, so that a text's rows come in order. By numpy, because a call of
+    PyTorch takes some microseconds, and this is done for each token.
+    """
+    texts, length = ids.shape
+    rows = np.empty((4, length - first, texts), np.int32)
+    rows[0] = ids[:, first:].numpy().T
+    rows[1] = np.arange(texts)
+    rows[2] = np.arange(first, length)[:, None]
+    rows[3] = np.minimum(starts.numpy(), rows[2])
+    return rows.reshape(4, -1)
 
 
 # --- The self-check
@@ -408,27 +415,29 @@ DTYPE_OF_KIND = {kind: dtype for dtype, kind in KIND_OF_DTYPE.items()}
 CHECKED_SIZES = {"width": 64, "inner": 96, "heads": 4, "key_heads": 2, "head_size": 16, "vocabulary": 50}
 
 
+def _random_matrix(kind: Kind, rows: int, columns: int, generator: torch.Generator) -> Matrix:
+    numbers = torch.randint(0, 16, (rows, columns), generator=generator)
+    scales = torch.full((rows, columns // GROUP), 0.02).half()
+    if kind == "groups8":
+        return pack(kind, numbers - 8, scales, None)
+    packed = pack("groups4", numbers, scales, -8 * scales)
+    return packed if kind == "groups4" else convert(packed, DTYPE_OF_KIND[kind])
+
+
 def random_transformer(kind: Kind) -> Transformer:
     """Return a small model with random weights of a kind, and with all that a layer can have."""
     generator = torch.Generator().manual_seed(0)
     width, inner, heads, key_heads, size, vocabulary = CHECKED_SIZES.values()
 
-    def matrix(rows: int, columns: int) -> Matrix:
-        numbers = torch.randint(0, 16, (rows, columns), generator=generator)
-        scales = torch.full((rows, columns // GROUP), 0.02).half()
-        if kind == "groups8":
-            return pack(kind, numbers - 8, scales, None)
-        packed = pack("groups4", numbers, scales, -8 * scales)
-        return packed if kind == "groups4" else convert(packed, DTYPE_OF_KIND[kind])
-
     def linear(rows: int, columns: int) -> Linear:
-        return Linear(matrix(rows, columns), torch.randn(rows, generator=generator) / 8)
+        matrix = _random_matrix(kind, rows, columns, generator)
+        return Linear(matrix, torch.randn(rows, generator=generator) / 8)
 
     def norm(size: int) -> Tensor:
         return 1 + torch.randn(size, generator=generator) / 8
 
-    layers = [
-        Layer(
+    def layer(window: int | None) -> Layer:
+        return Layer(
             query=linear(heads * size, width),
             key=linear(key_heads * size, width),
             value=linear(key_heads * size, width),
@@ -442,11 +451,10 @@ def random_transformer(kind: Kind) -> Transformer:
             key_norm=norm(size),
             window=window,
         )
-        for window in (None, 2)
-    ]
+
     return Transformer(
-        layers=layers,
-        embedding=matrix(vocabulary, width),
+        layers=[layer(None), layer(2)],
+        embedding=_random_matrix(kind, vocabulary, width, generator),
         head=linear(vocabulary, width),
         norm=norm(width),
         num_attention_heads=heads,

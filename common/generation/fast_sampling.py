@@ -53,6 +53,11 @@ def make_sampler(settings: Settings, *, prompt_length: int, starts: Tensor, seed
     others = replace(settings, xtc_probability=0.0)  # all filters but XTC
     shaping = sampling.distribution_filters(others)
 
+    def draw_plainly(probabilities: Tensor, numbers: Tensor) -> Tensor:
+        if generator is None:
+            return sampling.draw_independently(probabilities, numbers)
+        return (probabilities / noise(numbers)).argmax(-1)
+
     def sample(logits: Tensor, ids: Tensor) -> Tensor:
         logits = sampling.apply_filters(history, logits, ids)
         if generator is None:
@@ -68,12 +73,7 @@ def make_sampler(settings: Settings, *, prompt_length: int, starts: Tensor, seed
             own = sampling.apply_filters(shaping, logits[rows], ids[rows])
             if active is not None:
                 own = sampling.exclude_top_choices(own, settings.xtc_threshold, active[rows])
-            probabilities, own_numbers = own.softmax(-1), numbers[rows]
-            tokens[rows] = (
-                sampling.draw_independently(probabilities, own_numbers)
-                if generator is None
-                else (probabilities / noise(own_numbers)).argmax(-1)
-            )
+            tokens[rows] = draw_plainly(own.softmax(-1), numbers[rows])
         return tokens
 
     return sample

@@ -240,10 +240,8 @@ def load_rows_for_scoring(
     splits = _read_split_files(dataclasses.replace(config, validation_file=None), faults)
     if not splits:
         source = _read_source(config, faults)
-        splits = choose_splits(source, {"test": config.test_split})
-        if not splits:
-            wanted = {"train": config.train_split, "validation": config.validation_split}
-            splits = choose_splits(source, wanted)
+        others = {"train": config.train_split, "validation": config.validation_split}
+        splits = choose_splits(source, {"test": config.test_split}) or choose_splits(source, others)
     splits, _ = tidy_labels(splits, config.labels, task.names)
     if "test" in splits and not has_labels(splits["test"], config.labels):
         problem = "it has no labels to compare with"

@@ -192,9 +192,8 @@ def tokenize(
     """
     import datasets
 
-    what_it_does = f"{tokenizer_json(tokenizer)} {max_length} {truncation} {HEAD_SHARE} {OVERLAP}"
-    what_it_does += f" {MARKS}" if hides_special else ""
-    key = _sha256_of_rows(rows, what_it_does)
+    options = f"{max_length} {truncation} {HEAD_SHARE} {OVERLAP}" + (f" {MARKS}" if hides_special else "")
+    key = _sha256_of_rows(rows, f"{tokenizer_json(tokenizer)} {options}")
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "tokenized"
     folder.mkdir(parents=True, exist_ok=True)
     cached = folder / f"{key}-{FORMAT}-{datasets.__version__}.arrow"
