@@ -18,7 +18,7 @@ import torch
 BLOCK = 65_536  # rows that are read at once
 # scores filtered at once: at 64 queries those of 16,384 rows, in 4 MB
 SCORES = 1_048_576
-ROWS_OF_THREAD = 4_096  # the fewest rows for which another thread is worth its start
+ROWS_OF_THREAD = 4_096  # that a thread takes at a time: fewer are not worth waking another
 PAIRS = 4_096  # vectors scored in float64 at once
 # when all queries together have more candidates, only the k best of each query are kept: in an
 # index full of equal vectors every row would stay a candidate
@@ -115,13 +115,20 @@ def _multiply(vectors: np.ndarray, columns: np.ndarray, scores: np.ndarray, pool
         torch.mm(torch.from_numpy(vectors), torch.from_numpy(columns), out=torch.from_numpy(scores))
         return
     # One dot product after the other reads the vectors nearly at the speed of memory. The
-    # libraries' product of a matrix and a vector takes half as long again.
-    query, count = columns[:, 0], min(torch.get_num_threads(), len(vectors) // ROWS_OF_THREAD)
-    if count < 2:
-        np.vecdot(vectors, query, scores[:, 0])
-        return
-    parts, results = np.array_split(vectors, count), np.array_split(scores[:, 0], count)
-    list(pool.map(np.vecdot, parts, itertools.repeat(query), results))
+    # libraries' product of a matrix and a vector takes half as long again, and so do threads with a
+    # large share each: here whichever is free takes the next rows.
+    query, starts = columns[:, 0], iter(range(0, len(vectors), ROWS_OF_THREAD))
+
+    def work() -> None:
+        for start in starts:
+            rows = slice(start, start + ROWS_OF_THREAD)
+            np.vecdot(vectors[rows], query, scores[rows, 0])
+
+    num_others = min(torch.get_num_threads(), len(vectors) // ROWS_OF_THREAD) - 1
+    others = [pool.submit(work) for _ in range(num_others)]
+    work()
+    for other in others:
+        other.result()
 
 
 def _rank_all(candidates: "Candidates", queries: np.ndarray, vectors_of: VectorsOf) -> list[Ranking]:
@@ -173,7 +180,10 @@ class Candidates:
         size = scores.shape[0]
         group = GROUP if size // GROUP >= self.k else 1
         grouped = scores.reshape(size // group, group, self.num_queries)
-        peaks = torch.from_numpy(grouped).amax(1).numpy().T  # (queries, groups)
+        if self.num_queries == 1:  # too little to wake PyTorch's threads for
+            peaks = grouped[:, :, 0].max(1)[None]
+        else:
+            peaks = torch.from_numpy(grouped).amax(1).numpy().T  # (queries, groups)
         query, number = np.nonzero(peaks >= self._bound()[:, None])
         if len(query) == 0:
             return

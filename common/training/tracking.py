@@ -284,7 +284,7 @@ class Forecast:
         left = self.seconds_left(epochs_left)
         assert left is not None
         whole, rest = duration(self.clock.seconds() + left), duration(left)
-        return f"time     about {whole}" + (f", with {rest} left" if rest != whole else "")
+        return f"time     about {whole} in all" + (f", {rest} left" if rest != whole else "")
 
     def words_left(self, epochs_left: float) -> str:
         """Return what the progress bar says, "" as long as nothing is known."""

@@ -76,7 +76,7 @@ def test_a_forecast_after_six_steps_is_what_the_run_then_takes(eval_every, is_re
 
 
 @pytest.mark.parametrize(
-    "seconds_before, said", [(1, "about 1 minute"), (600, "about 11 minutes, with 1 minute left")]
+    "seconds_before, said", [(1, "about 1 minute in all"), (600, "about 11 minutes in all, 1 minute left")]
 )
 def test_what_is_left_is_said_where_it_is_not_all(seconds_before, said):
     """After two steps of 60, of a second each."""
