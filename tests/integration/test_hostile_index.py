@@ -203,7 +203,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_any_manifest_is_read_or_refused(data, made):
     original = (made / "manifest.json").read_text()

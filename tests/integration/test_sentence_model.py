@@ -81,7 +81,7 @@ def run(modules, features):
 
 
 @pytest.mark.parametrize("name", MODULES)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5),
     side=st.sampled_from(["left", "right"]),

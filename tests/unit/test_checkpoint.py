@@ -133,7 +133,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_any_state_is_resumed_or_refused(data, tmp_path_factory):
     """What is resumed has finite numbers of the right kind; nothing else is an error of ours."""

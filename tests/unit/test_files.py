@@ -204,7 +204,7 @@ def intact(tmp_path_factory) -> Path:
     return folder
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(
     files=JSON | st.dictionaries(st.sampled_from(["weights", "sub/more", "sub", "../x", "/etc/passwd"]), JSON)
 )
@@ -213,7 +213,7 @@ def test_any_sealed_manifest_is_intact_or_damaged_but_no_error(files, intact):
     assert isinstance(damage, str) or files == {}
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_a_changed_manifest_is_damaged(data, intact):
     (intact / "manifest.json").unlink(missing_ok=True)

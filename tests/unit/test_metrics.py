@@ -12,7 +12,7 @@ from sklearn import metrics as sklearn_metrics
 from common.training.metrics import Accuracy, MacroF1, class_scores
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 10**6),
     num_classes=st.integers(2, 6),

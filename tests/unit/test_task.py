@@ -205,7 +205,7 @@ def test_cut_and_sampled_rows_are_like_all_rows(kind):
 # Scores -------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10**6), num_labels=st.integers(1, 5), count=st.integers(2, 40), rare=st.booleans())
 def test_scores_of_labels_equal_scikit_learns(seed, num_labels, count, rare):
     generator = np.random.default_rng(seed)
@@ -250,7 +250,7 @@ def test_scores_of_labels_equal_scikit_learns(seed, num_labels, count, rare):
     assert set(HEADLINES[MULTI]) <= scores.keys() <= {*SCORES[MULTI], "per_class"}
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), count=st.integers(2, 25), ties=st.booleans())
 def test_a_chosen_threshold_has_the_best_f1_of_all(seed, count, ties):
     """Oracle: the F1 of scikit-learn at each probability that occurs, and in the middle between two."""
@@ -314,7 +314,7 @@ def test_a_correlation_with_equal_numbers_is_left_out():
     assert "pearson" not in scores and scores["per_number"]["spearman"] == [None] and scores["mae"] == 1.0
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10**6), num_classes=st.integers(2, 4), count=st.integers(4, 40))
 def test_scores_of_classes_equal_scikit_learns(seed, num_classes, count):
     generator = np.random.default_rng(seed)

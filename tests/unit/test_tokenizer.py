@@ -204,7 +204,7 @@ def test_everything_about_a_tokenizer_is_as_in_the_library(pairs, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(texts=st.lists(TEXT, min_size=1, max_size=4), length=st.integers(3, 12))
 def test_any_text_becomes_the_same_tokens(pairs, variant, texts, length):
     ours, theirs = pairs[variant]
