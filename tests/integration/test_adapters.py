@@ -170,6 +170,7 @@ def test_conversations_and_scores_are_those_of_the_merged_model(models, script, 
         assert texts[0] == texts[1] != texts[2] and texts[0][0] == 0
 
 
+@pytest.mark.slow
 def test_pickled_weights_are_converted_once(models, script, tmp_path):
     adapter = save_adapter(models["llama"], tmp_path / "adapter")
     flags = ("--adapter", adapter, "--prompt", PROMPTS[0])

@@ -115,7 +115,7 @@ LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=6)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(lengths=LENGTHS, extra=st.integers(0, 5), seed=st.integers(0, 99))
 def test_hidden_states_are_those_of_transformers(loaded, name, lengths, extra, seed):
     """With padding and without, but for a single token: there BLAS multiplies a matrix by a vector,

@@ -13,7 +13,7 @@ from common.generation import continuations, language_model
 from common.generation.continuations import Question, encode_pair
 from common.generation.language_model import Loading
 from common.runtime import Runtime
-from conftest import exit_code_in_process
+from conftest import exit_code_in_process, heavy
 from language_models import needs_compiler, save_tiny_model
 
 QUESTIONS = [
@@ -75,7 +75,7 @@ def write_questions(path, questions):
     return path
 
 
-@pytest.mark.parametrize("plain", [pytest.param(False, marks=needs_compiler), True])
+@pytest.mark.parametrize("plain", [pytest.param(False, marks=needs_compiler), heavy(True)])
 def test_scores_are_those_of_one_token_at_a_time_in_any_batch(script, folder, tmp_path, plain):
     path = write_questions(tmp_path / "questions.jsonl", QUESTIONS)
     files = []

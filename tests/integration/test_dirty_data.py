@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import train_classifier
-from conftest import exit_code_in_process, make_sentences
+from conftest import exit_code_in_process, heavy, make_sentences
 
 CPU = ["--device", "cpu", "--precision", "fp32"]
 SHORT = ["--epochs", 1, "--max-train-samples", 16, "--max-eval-samples", 8, "--max-length", 32]
@@ -238,7 +238,7 @@ def test_labels_that_training_lacks_are_faults_of_the_other_splits(run, tmp_path
     assert code == 0 and "the label does not occur in training" in printed and "split test" in printed, said
 
 
-@pytest.mark.parametrize("labels", ["", "-1", None])
+@pytest.mark.parametrize("labels", ["", "-1", heavy(None)])
 def test_a_test_split_without_labels_is_predicted(labels, run, tmp_path):
     folder = tmp_path / "splits"
     folder.mkdir()

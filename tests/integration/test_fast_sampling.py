@@ -170,7 +170,7 @@ def test_where_the_noise_is_unknown_the_plain_draw_is_used(monkeypatch):
     assert torch.equal(make(fast_sampling, settings, 20, seed=1)(logits, ids_of(20)), tokens)
 
 
-@pytest.mark.parametrize("flags", [{"top_k": 50}, {"top_p": 0.9, "typical_p": 0.9}], ids=str)
+@pytest.mark.parametrize("flags", [heavy({"top_k": 50}), {"top_p": 0.9, "typical_p": 0.9}], ids=str)
 def test_with_xtc_the_fast_sampler_draws_the_plain_ones_tokens(flags):
     """Some rows of each step are drawn with XTC, the others among the candidates. Without XTC the
     tokens are others: it was active.

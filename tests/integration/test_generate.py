@@ -404,8 +404,11 @@ def test_the_output_file_holds_everything(script, tiny, tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [[], ["--top-k", 20], ["--top-k", 20, "--sampler", "independent", "--num-samples", 2]],
-    ids=["greedy", "exact", "independent"],
+    [
+        heavy([], id="greedy"),
+        heavy(["--top-k", 20], id="exact"),
+        pytest.param(["--top-k", 20, "--sampler", "independent", "--num-samples", 2], id="independent"),
+    ],
 )
 @pytest.mark.parametrize(
     "cut", ["between lines", "within a line", "within a batch", "nothing there", "all there"]

@@ -108,6 +108,7 @@ def test_both_stores_give_the_same_answers(ok, stores):
     assert len(found[0]) == 5
 
 
+@pytest.mark.slow
 def test_both_stores_are_reranked_alike(ok, embed, stores, tiny_reranker, tmp_path):
     queries = [part for text, _ in make_sentences(30, seed=5) for part in ("--query", text)]
     flags, rerank = (*queries, "--top-k", 12), ("--rerank", tiny_reranker, "--rerank-depth", 8)

@@ -278,7 +278,7 @@ LOADED |= {
 
 
 # each is a process of its own
-QUICK = ("similarity", "delete", "export", "search", "train --compare")
+QUICK = ("similarity", "export", "search")
 
 
 @pytest.mark.parametrize("command, allowed", quick(LOADED, *QUICK))

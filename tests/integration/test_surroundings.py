@@ -242,7 +242,9 @@ def test_a_model_that_can_not_be_read_is_one_line(script, name, tiny_model, sent
 
 
 @needs_permissions
-@pytest.mark.parametrize("closed_part", ["rows.csv", heavy("classes"), "classes/a", heavy("classes/a/1.txt")])
+@pytest.mark.parametrize(
+    "closed_part", [heavy("rows.csv"), heavy("classes"), "classes/a", heavy("classes/a/1.txt")]
+)
 def test_data_that_can_not_be_read_are_one_line(closed_part, tmp_path):
     """A class whose folder can't be entered is not left out."""
     (tmp_path / "rows.csv").write_text("text,label\ngood,a\nbad,b\n")

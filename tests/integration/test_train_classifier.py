@@ -48,10 +48,10 @@ def flags(tiny_model, sentences_csv, cache_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(run_script, flags, tmp_path_factory):
-    """A finished run of one thread, as forked ones: its folder and what the process printed."""
+def finished(call_script, flags, tmp_path_factory):
+    """A finished run: its folder and what the process printed."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    return folder, run_script("train_classifier.py", *flags, "--output-dir", folder, OMP_NUM_THREADS="1")
+    return folder, call_script("train_classifier.py", *flags, "--output-dir", folder, pictures=True)
 
 
 def predictions_of(folder: Path) -> list[dict]:
