@@ -6,7 +6,6 @@ A script reads its flags before it imports PyTorch and the other libraries, whic
 
 import argparse
 import contextlib
-import difflib
 import errno
 import functools
 import gc
@@ -19,7 +18,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -112,6 +110,8 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
                 known |= set(action.choices[flags.command]._option_string_actions)
+        import difflib  # for a mistake alone: each library costs some milliseconds of every start
+
         near = difflib.get_close_matches(unknown.partition("=")[0], sorted(known), n=1, cutoff=0.75)
         return f"; did you mean {near[0]}?" if near else ""
 
@@ -552,6 +552,8 @@ def _endings(prog: str, *, debug: bool = False) -> Iterator[None]:
             raise
     except UserError as error:
         if debug:
+            import traceback
+
             traceback.print_exc()
         if not is_rank_0() and TORCHRUN in os.environ:
             time.sleep(SECONDS_FOR_RANK_0)
@@ -570,6 +572,8 @@ def _endings(prog: str, *, debug: bool = False) -> Iterator[None]:
             _exit(f"{prog}: error: {lost}", 1)
         reason = fault_of_system(error)
         if reason is None or debug:
+            import traceback
+
             _tell_torchrun(traceback.format_exc())
             raise
         _exit(f"{prog}: error: {reason}", 2)

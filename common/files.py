@@ -12,7 +12,6 @@ import hashlib
 import json
 import mmap
 import os
-import platform
 import shutil
 import stat
 import sys
@@ -110,7 +109,7 @@ def _sign(descriptor: int) -> None:
     since = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
         os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {platform.node()}, since {since},".encode())
+        os.write(descriptor, f"process {os.getpid()} on {os.uname().nodename}, since {since},".encode())
 
 
 def _holder(lock_file: Path) -> str:

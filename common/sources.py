@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common import bundled, hub, model_files, pickled_weights
+from common import bundled, hub, model_files
 from common.errors import UserError, first_repeated, shorten
 
 GGUF_SUFFIX = ".gguf"
@@ -94,6 +94,8 @@ def find_folder(
         if organization is not None and is_short:
             name = f"{organization}/{name}"
         folder = _downloaded(name, kind=kind, flag=flag, cache_dir=cache_dir, revision=revision)
+    from common import pickled_weights  # it loads what no mistake needs
+
     return pickled_weights.converted_model(folder, f"{flag} {name}", cache_dir=cache_dir)
 
 

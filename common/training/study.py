@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import ctypes
 import itertools
 import json
 import os
@@ -18,7 +17,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,6 +43,8 @@ from common.training.run import (
 )
 
 if TYPE_CHECKING:
+    import subprocess
+
     from common.intervals import Spread
 
 # flags that a grid can't vary: those that belong to the study, and the
@@ -230,6 +230,8 @@ def gpus(device: str) -> list[str]:
         return [name for name in visible.split(",") if name.strip() not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
         return []
+    import subprocess
+
     listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
     return [str(number) for number, _ in enumerate(re.findall(r"^GPU \d+", listing, re.MULTILINE))]
 
@@ -289,6 +291,8 @@ class Runner:
         flags, environment = run.flags, dict(os.environ)
         if self.max_minutes is not None:
             flags = [*flags, f"--max-minutes={self._minutes_left()}"]
+        import subprocess  # a study alone starts processes
+
         number = self.study.runs.index(run) + 1
         which = f"run {number} of {len(self.study.runs)}"
         terminal.say(f"\n{which}: {run.describe()}, in {run.folder}")
@@ -352,6 +356,8 @@ class Runner:
 def _end_with_parent() -> None:
     """Let a run save and stop when its study's process is killed, where the system can."""
     if sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
 
 
