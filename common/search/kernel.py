@@ -115,8 +115,8 @@ def _multiply(vectors: np.ndarray, columns: np.ndarray, scores: np.ndarray, pool
         torch.mm(torch.from_numpy(vectors), torch.from_numpy(columns), out=torch.from_numpy(scores))
         return
     # One dot product after the other reads the vectors nearly at the speed of memory. The
-    # libraries' product of a matrix and a vector takes half as long again, and so do threads with a
-    # large share each: here whichever is free takes the next rows.
+    # libraries' product of a matrix and a vector takes half as long again. Whichever thread is free
+    # takes the next rows: with equal shares, all wait for one that another program holds up.
     query, starts = columns[:, 0], iter(range(0, len(vectors), ROWS_OF_THREAD))
 
     def work() -> None:
