@@ -263,6 +263,8 @@ def carry_out(name: str, text: str, chat: Chat, console: Console) -> str | None:
     elif name == "/system":
         chat.set_system(text)
         chat.format.note_system()
+        if not text:
+            say("(no system message from the next answer on)")
     elif name == "/save":
         save(chat.messages, Path(text), console.own_files)
     elif name == "/load":

@@ -302,20 +302,32 @@ def show_list(screen: Screen, selection: Selection, *, offset: int, count: int) 
     snapshot, shown = selection.snapshot, rows[offset : offset + count]
     names = list(snapshot.manifest["columns"])
     entries = snapshot.take(shown, [ID, TEXT, *names])
-    show_entries(screen, str(snapshot.folder), names, entries, offset=offset, total=len(rows))
+    id_column = snapshot.settings["id_column"]
+    show_entries(
+        screen, str(snapshot.folder), names, entries, id_column=id_column, offset=offset, total=len(rows)
+    )
 
 
 def show_entries(
-    screen: Screen, index: str, names: list[str], entries: list[dict], *, offset: int, total: int
+    screen: Screen,
+    index: str,
+    names: list[str],
+    entries: list[dict],
+    *,
+    id_column: str | None,
+    offset: int,
+    total: int,
 ) -> None:
-    """Show some of the `total` texts of an index, with the columns that are named."""
-    lines = []
+    """Show some of the `total` texts of an index, with the columns that are named; in the table the
+    column of the ids stands once.
+    """
+    others, lines = [name for name in names if name != id_column], []
     for entry in entries:
         text = cut(entry[TEXT], room(CENTRAL_WIDTH))
-        lines.append([short_id(entry[ID]), text, *_cells_of(entry, names)])
+        lines.append([short_id(entry[ID]), text, *_cells_of(entry, others)])
     first = min(offset + 1, total)
     title = f"{index}: {first:,} to {offset + len(entries):,} of {total:,} texts"
-    headers = ["id", "text", *(cut(name, CELL_WIDTH) for name in names)]
+    headers = ["id", "text", *(cut(name, CELL_WIDTH) for name in others)]
     screen.table(lines, headers, title=title, texts=[1])
     texts = [
         {"id": entry[ID], "text": entry[TEXT], "columns": {name: entry[name] for name in names}}
@@ -334,7 +346,8 @@ def show_texts(screen: Screen, snapshot: Snapshot, documents: list[np.ndarray], 
         columns = {name: entries[0][name] for name in names}
         screen.say(f"id       {printable(entries[0][ID])}")
         for name, value in columns.items():
-            screen.say(f"{cut(name, 8):<8} {cut(str(value), room(TEXT_WIDTH + 9) - 9)}")
+            if name != snapshot.settings["id_column"]:
+                screen.say(f"{cut(name, 8):<8} {cut(str(value), room(TEXT_WIDTH + 9) - 9)}")
         chunks = []
         for number, (entry, numbers) in enumerate(zip(entries, snapshot.vectors_of(rows)), start=1):
             chunk = {"text": entry[TEXT], "first_character": entry[START]}

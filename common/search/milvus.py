@@ -810,7 +810,10 @@ def run_list(args: argparse.Namespace, screen: Screen) -> None:
         condition = translate(args.where, store.columns)
         total, entries = listed(store, condition, offset=args.offset, count=args.top_k)
         columns = list(store.columns)
-        display.show_entries(screen, args.index, columns, entries, offset=args.offset, total=total)
+        id_column = store.settings["id_column"]
+        display.show_entries(
+            screen, args.index, columns, entries, id_column=id_column, offset=args.offset, total=total
+        )
 
 
 def run_export(args: argparse.Namespace, screen: Screen) -> None:

@@ -96,7 +96,9 @@ def test_lists_and_whole_texts(ok, made, tiny_embedder):
         "n": int(expected[3]["n"]),
     }
     shown = ok("list", "--index", made / "ix")
-    assert "1 to 20 of 40 texts" in shown and " s19 " in shown and " s20 " not in shown
+    header = next(line for line in shown.splitlines() if line.startswith("id "))
+    assert header.split() == ["id", "text", "label", "n"], "the ids stand once"
+    assert "1 to 20 of 40 texts" in shown and "\ns19 " in shown and "\ns20 " not in shown
     assert "(none)" in ok("list", "--index", made / "ix", "--offset", 99)
     text = ok("show", "s7", "s2", "--index", made / "ix", "--vector", "--json")["texts"]
     assert [(one["id"], one["chunks"][0]["text"]) for one in text] == [
@@ -106,6 +108,7 @@ def test_lists_and_whole_texts(ok, made, tiny_embedder):
     vector = SentenceTransformer(str(tiny_embedder), device="cpu").encode(rows[7]["text"])
     assert text[0]["chunks"][0]["vector"] == pytest.approx(vector.tolist(), abs=1e-5)
     shown = ok("show", "s7", "--index", made / "ix", "--vector")
+    assert sum(line.startswith("id ") for line in shown.splitlines()) == 1, shown
     assert rows[7]["text"] in shown and "32 numbers, the first 10" in shown
     assert shown.split("the first 10: ")[1].split() == [
         f"{value:.6f}" for value in text[0]["chunks"][0]["vector"][:10]

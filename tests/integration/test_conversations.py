@@ -248,8 +248,9 @@ def test_commands_of_a_conversation(typed, tmp_path):
     # the file is also one of prompts
     assert "saved: 4 messages" in said and "loaded: 4 messages" in said
     with_system, _ = typed(first, flags=("--system", "Be short."))
-    answers, _ = typed("/system Be short.", first, "/system", "/reset", first)
+    answers, said = typed("/system Be short.", first, "/system", "/reset", first)
     assert answers[0] == with_system[0] != answers[1]
+    assert said.count("no system message from the next answer on") == 1, said
 
 
 def test_a_typo_is_not_sent_to_the_model(typed, tmp_path):
