@@ -2,6 +2,7 @@
 through ctypes.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -69,10 +70,9 @@ def load(
     key = "\n".join([source.read_text("utf-8"), VECTORS.read_text("utf-8"), *FLAGS, native, processor()])
     name = f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
     folder = cache_home(cache_dir) / "kernels"
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # not there, or cut off by a full disk
         return declare(ctypes.CDLL(str(folder / name)))
-    except (OSError, AttributeError):  # not there, or cut off by a full disk
-        return _compiled(source, native, folder / name, declare=declare, check=check)
+    return _compiled(source, native, folder / name, declare=declare, check=check)
 
 
 def _compiled(
