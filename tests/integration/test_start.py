@@ -27,38 +27,24 @@ packages = lambda: sorted({name.partition(".")[0] for name in sys.modules})
 atexit.register(lambda: open(report, "w").write(json.dumps(packages())))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-# Forks a child for each line of its input, [report, script, *flags], which does the same and ends
-# without Python's tidying up; prints its exit code. What all commands load is loaded here; if that
-# were a large package, every child would have it.
-FORKS = """
-import atexit, json, os, runpy, sys, traceback
+# Forks a child for each line of its input, [report, script, *flags], which does the same; prints its
+# exit code. What all commands load is loaded here; if that were a large package, every child would
+# have it.
+FORKS = f"""
+import json, os, sys
 import common.generation.generation_flags, common.search.search_checks, common.training.training_flags
-packages = lambda: sorted({name.partition(".")[0] for name in sys.modules})
-def run():
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as exit:
-        return exit.code or 0
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
 for line in sys.stdin:
-    report, *argv = json.loads(line)
-    child = os.fork()
-    if not child:
-        sys.argv = argv
+    if os.fork() == 0:
+        sys.argv[1:] = json.loads(line)
         sys.stdin = open(os.devnull)
-        os.dup2(os.open(report + ".stdout", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-        os.dup2(os.open(report + ".stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        code = run()
-        atexit._run_exitfuncs()
-        sys.stdout.flush(), sys.stderr.flush()
-        with open(report, "w") as file:
-            json.dump(packages(), file)
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+        for descriptor, stream in ((1, "stdout"), (2, "stderr")):
+            name = sys.argv[1] + "." + stream
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        break
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+else:
+    sys.exit()
+{RUN}"""
 # the packages whose import takes a tenth of a second or more
 LARGE = {
     "llguidance",
