@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 NAME, COMPILED = "matrix_products", "compiled"
 MAX_TOKENS = 512  # the probabilities take 2 bytes x heads x tokens for each token and layer
 DRAWS_PER_INT64, LEVELS = 4, 1 << 16  # a 64-bit draw holds four 16-bit decisions
+# of the same number of bits
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 # Classes of transformers whose head reads the first token alone, and whose layers have these parts.
 KINDS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
 BERT_LIKE = tuple(f"{name}ForSequenceClassification" for name in KINDS)
@@ -237,14 +239,40 @@ class PackedDropout(torch.nn.Dropout):
         """
         num_dropped = round(self.p * LEVELS)  # of the 65,536 16-bit numbers
         is_plain = not self.training or self.inplace or input.device.type != "cpu"
-        if is_plain or not 0 < num_dropped < LEVELS:
+        if is_plain or input.dtype not in INTEGERS or not 0 < num_dropped < LEVELS:
             return super().forward(input)
+        return _DroppedAtRandom.apply(input, num_dropped)
+
+
+class _DroppedAtRandom(torch.autograd.Function):
+    """Dropout by masks of bits. A product with a mask of truth values would convert it first, here
+    and again for the gradient, which takes as long as all the rest.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, num_dropped: int) -> torch.Tensor:
         draws = torch.empty(math.ceil(input.numel() / DRAWS_PER_INT64), dtype=torch.int64)
         draws.random_(torch.iinfo(torch.int64).min, None)  # all 64 bits
         levels = draws.view(torch.int16)[: input.numel()].view(input.shape)
         lowest_kept = num_dropped - LEVELS // 2  # the 16-bit numbers begin at -32,768
-        kept = levels >= lowest_kept
-        return (input * kept).mul_(LEVELS / (LEVELS - num_dropped))
+        kept = levels.ge_(lowest_kept).neg_()  # 1 and 0, then -1, all bits of which are set, and 0
+        ctx.save_for_backward(kept)
+        ctx.num_dropped = num_dropped
+        return _keep(input, kept, num_dropped)
+
+    @staticmethod
+    def backward(ctx: Any, *output_grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return _keep(output_grad[0], kept, ctx.num_dropped), None
+
+
+def _keep(numbers: torch.Tensor, kept: torch.Tensor, num_dropped: int) -> torch.Tensor:
+    """Return numbers times what makes their mean that of before, and 0 where no bit of `kept`, of the
+    same shape, is set.
+    """
+    integers = INTEGERS[numbers.dtype]
+    bits = numbers.contiguous().view(integers) & kept.to(integers)
+    return bits.view(numbers.dtype).mul_(LEVELS / (LEVELS - num_dropped))
 
 
 def use_fast_dropout(model: torch.nn.Module) -> None:

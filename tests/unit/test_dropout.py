@@ -65,6 +65,19 @@ def test_gradients_pass_where_the_output_passed():
     assert torch.equal(hidden.grad, output.detach()) and 0 < (hidden.grad == 0).sum() < 1000
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_masked_bits_are_the_product_with_the_mask(dtype):
+    torch.manual_seed(0)
+    # a transposed block, as some models pass
+    hidden, weights = (torch.randn(6, 50).to(dtype).t() for _ in range(2))
+    output = PackedDropout(0.25).train()(hidden.requires_grad_())
+    output.backward(weights)
+    mask, scale = output != 0, 1 / (1 - 0.25)
+    assert 50 < mask.sum() < 300
+    assert torch.equal(output, (hidden * mask).mul(scale))
+    assert torch.equal(hidden.grad, (weights * mask).mul(scale))
+
+
 def test_the_generator_decides_alone():
     assert torch.equal(kept(0.5, 1001, seed=3), kept(0.5, 1001, seed=3))
     assert not torch.equal(kept(0.5, 1001, seed=3), kept(0.5, 1001, seed=4))
