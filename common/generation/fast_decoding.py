@@ -13,6 +13,8 @@ Shapes: B texts, T columns, V tokens in the vocabulary.
 import ctypes
 import functools
 import math
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from common import compiler
 from common.errors import NotSupported
@@ -35,6 +38,7 @@ WIDE_COLUMNS = 17  # a prompt of so many tokens is read with weights widened to 
 MANY_ROWS = 10  # and so is a step of so many rows, where the weights are groups
 LARGEST_DIFFERENCE = 1e-3  # between two logits of the self-check; usual is 1e-5
 CHECKED_TOKENS = 64  # whose logits are compared when a model is loaded
+PATIENCE = 3.0  # seconds after which a bar shows how far a prompt is read
 ROOM = 256  # a cache grows by so many columns
 
 
@@ -293,8 +297,7 @@ class CompiledModel:
         cosines, sines = self._angles(columns - row_starts)
         logits = torch.empty(keep * texts, self.c_model.vocabulary)
         num_skipped = len(tokens) - len(logits)  # rows without logits
-        for begin in range(0, len(tokens), MAX_ROWS):
-            count = min(MAX_ROWS, len(tokens) - begin)
+        for begin, count in _blocks(len(tokens)):
             step = CStep(
                 rows=count,
                 capacity=cache.capacity,
@@ -330,6 +333,25 @@ class CompiledModel:
             cosines, sines = self.transformer.rotary(torch.arange(2 * needed))
             self.cosines, self.sines = cosines.numpy(), sines.numpy()
         return self.cosines[positions], self.sines[positions]
+
+
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    """Yield the beginning and the length of each block of tokens that the step in C takes at a time.
+
+    A long prompt takes minutes: on a terminal, a bar then shows how far it is read, and vanishes at
+    its end. A server's thread, which is not the main one, draws nothing.
+    """
+    if length <= MAX_ROWS:  # as every step after the prompt
+        yield 0, length
+        return
+    # None: hidden where stderr is no terminal
+    is_hidden = None if threading.current_thread() is threading.main_thread() else True
+    shown = {"unit": "token", "leave": False, "dynamic_ncols": True, "delay": PATIENCE, "disable": is_hidden}
+    with tqdm(total=length, desc="reading", **shown) as bar:
+        for begin in range(0, length, MAX_ROWS):
+            count = min(MAX_ROWS, length - begin)
+            yield begin, count
+            bar.update(count)
 
 
 def _rows_of(ids: Tensor, starts: Tensor, first: int) -> np.ndarray:

@@ -380,7 +380,7 @@ def convert_gguf(path: Path, folder: Path, *, name: str) -> Path:
 
     from common import models
 
-    with models.load_errors(name), open_gguf(path) as reader:
+    with models.load_errors(name, reader="a GGUF file"), open_gguf(path) as reader:
         weights = read_gguf(reader, path)
         options: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
         config = transformers.AutoConfig.from_pretrained(path.parent, **options)

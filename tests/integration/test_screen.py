@@ -9,7 +9,7 @@ import pytest
 import wcwidth
 
 from conftest import quick
-from language_models import save_tiny_model
+from language_models import needs_compiler, save_tiny_model
 from terminal import run_on_terminal
 
 COLUMNS = 130
@@ -46,6 +46,26 @@ def test_generate_leaves_whole_lines_and_no_bar(on_terminal, tiny, tmp_path):
     summary = " ".join("".join(line.ljust(COLUMNS) for line in lines).split())
     assert re.fullmatch(r"prompt [^|]* tokens/s; text [^|]* peak memory [\d,]+ MB; step in [^|]+", summary)
     assert not re.search(rb"\x1b|\r|\d%\|", (tmp_path / "out.jsonl").read_bytes())
+
+
+IMPATIENT = """
+import runpy, sys
+from common.generation import fast_decoding
+fast_decoding.PATIENCE = 0
+sys.argv = sys.argv[1:]
+runpy.run_path("generate.py", run_name="__main__")
+"""
+
+
+@needs_compiler
+def test_how_far_a_long_prompt_is_read_is_shown_until_it_is(on_terminal, tiny, tmp_path):
+    """With a bar at once, where it comes after some seconds."""
+    impatient, prompt = tmp_path / "impatient.py", "The quick brown fox. " * 40
+    impatient.write_text(IMPATIENT)
+    flags = ["--model", tiny, "--device", "cpu", "--precision", "fp32", "--max-new-tokens", 2]
+    lines, written = on_terminal(impatient, "generate.py", "--prompt", prompt, *flags)
+    assert re.search(r"reading: +\d+%", written)
+    assert not any("reading" in line or BAR.search(line.replace("tokens/s", "")) for line in lines)
 
 
 LIMITED = """
