@@ -451,7 +451,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                 if run.forecast.is_due():  # once, after a few steps
                     runtime.say(run.forecast.line(state.epochs_left(), runtime))
                 if state.step % config.log_every == 0:  # not always: reading a loss waits for a GPU
-                    bar.set_postfix_str(log_step(state, run, grad_norm, config))
+                    bar.set_postfix_str(log_step(state, run, grad_norm))
 
                 if state.is_due(config.eval_every):
                     validate(state, tokenized["validation"], run, config, runtime)
@@ -474,7 +474,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
     return True
 
 
-def log_step(state: TrainingState, run: Run, grad_norm: torch.Tensor, config: TrainConfig) -> str:
+def log_step(state: TrainingState, run: Run, grad_norm: torch.Tensor) -> str:
     """Write a step's loss, learning rate and gradient to the log; return words for the bar."""
     values = {f"train/{name}": value for name, value in state.meter.read().items()}
     values["train/learning_rate"] = float(state.scheduler.get_last_lr()[0])

@@ -176,7 +176,10 @@ def use_first_token(model: "PreTrainedModel") -> None:
         return
     is_distilled = kind == DISTILBERT
     body: Any = model.base_model
-    layer = (body.transformer if is_distilled else body.encoder).layer[-1]
+    layers = (body.transformer if is_distilled else body.encoder).layer
+    if not len(layers):  # the head reads the embeddings
+        return
+    layer = layers[-1]
     first = _first_of_distilbert if is_distilled else _first_of_bert
     layer.forward = functools.partial(first, layer)
 

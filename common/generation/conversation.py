@@ -301,13 +301,13 @@ def save(messages: list[Message], path: Path, own_files: set[Path]) -> None:
     """
     if not any(message["role"] == "user" for message in messages):
         raise UserError("/save: nothing was said yet; ask something")
-    if path.exists() and path.resolve() not in own_files:
-        raise UserError(f"/save {path}: it exists; name a new file")
     try:
+        if path.exists() and path.resolve() not in own_files:
+            raise UserError(f"/save {path}: it exists; name a new file")
         replace_file(path, json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        own_files.add(path.resolve())
     except OSError as error:
         raise UserError(f"/save {path}: {error.strerror}; name another file") from error
-    own_files.add(path.resolve())
     say(f"(saved: {len(messages)} messages)")
 
 

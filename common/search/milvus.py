@@ -194,7 +194,7 @@ def open_collection(client: MilvusClient, target: Target) -> MilvusCollection | 
         if not set(columns.values()) <= set(ARROW_TYPES):
             raise ValueError("its columns have other types")
         present = {entry["name"] for entry in description["fields"]}
-        if present < {*columns, KEY, ID, HASH, TEXT, VECTOR}:
+        if not {*columns, KEY, ID, HASH, TEXT, VECTOR, CHUNK, NUM_CHUNKS, START, WORDS} <= present:
             raise ValueError("fields are missing")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         problem = f"not a collection that embed_search.py made ({one_line(error)})"

@@ -610,6 +610,7 @@ def task_fingerprint(encoder: Encoder, args: argparse.Namespace) -> str:
     from common.search import model_scores
 
     files = [args.queries, args.qrels, args.sts, args.index, *sources.expanded(args.texts)]
-    names = "id_column sts_columns text_column columns delimiter quoting encoding skip_bad"
+    names = "id_column sts_columns text_column columns delimiter quoting encoding skip_bad query_prompt"
     settings = {name: getattr(args, name) for name in names.split()}
+    settings["precision"] = encoder.runtime.precision
     return model_scores.fingerprint(encoder.identity(), files, settings)

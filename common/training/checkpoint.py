@@ -530,11 +530,13 @@ class StopSignals:
         """Return the signal by which any process was asked to stop, TIME_IS_UP if only the time is
         up, None otherwise; all must call it at the same point.
         """
-        self.received = self.runtime.all_reduce_max(self.received or 0) or None
-        if self.received is None and self.seconds is not None:
-            self.is_time_up = self.runtime.all_reduce_max(self.is_time_up) > 0
-            return TIME_IS_UP if self.is_time_up else None
-        return self.received
+        received = self.runtime.all_reduce_max(self.received or 0)
+        self.received = received or self.received  # what came meanwhile counts the next time
+        if not received and self.seconds is not None:
+            is_time_up = self.runtime.all_reduce_max(self.is_time_up) > 0
+            self.is_time_up |= is_time_up
+            return TIME_IS_UP if is_time_up else None
+        return received or None
 
     def stop(self) -> NoReturn:
         """Raise Interrupted, with the advice and the exit code of the signal."""

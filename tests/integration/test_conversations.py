@@ -272,6 +272,8 @@ def test_a_typo_is_not_sent_to_the_model(typed, tmp_path):
     assert len(answers) == 1
     answers, said = typed(ASK["content"], f"/save {tmp_path}/other.jsonl")
     assert "it exists; name a new file" in said and (tmp_path / "other.jsonl").read_text() == "{}\n"
+    answers, said = typed(ASK["content"], f"/save {tmp_path}/{'a' * 300}", ASK["content"])
+    assert "name another file" in said and len(answers) == 2, "the conversation goes on"
 
 
 LEFT, UP, CTRL_C, CTRL_D = "\x1b[D", "\x1b[A", "\x03", "\x04"

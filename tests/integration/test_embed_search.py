@@ -664,6 +664,8 @@ def test_compare_models_keeps_the_scores_of_each_query_and_tests_what_differs(
     # another task: nothing of the file is taken for it, and nothing in it is lost
     ok("compare-models", tiny_embedder, *task, "--max-length", 9, "--per-query", file)
     assert len(file.read_text().splitlines()) == 1 + 3 * 20
+    ok("compare-models", tiny_embedder, *task, "--query-prompt", "q: ", "--per-query", file)
+    assert len(file.read_text().splitlines()) == 1 + 4 * 20
 
 
 def test_compare_models_of_sentence_pairs(ok, sentences, tiny_embedder, tiny_model, tmp_path):

@@ -5,6 +5,7 @@ in one line, also when the manifest vouches for them; only our own names count.
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from common.files import read_json, write_manifest
 from common.runtime import Runtime
-from common.training.checkpoint import Checkpoints, TrainingState
+from common.training.checkpoint import Checkpoints, StopSignals, TrainingState
 from common.training.run import RunLocation, checkpoints_in, choose_checkpoint, locate_run, only_run
 from common.training.tracking import LogPosition, LossMeter, NullLog, RunLog
 
@@ -296,3 +297,21 @@ def test_a_job_that_ended_meanwhile_has_left_its_run(tmp_path):
     with pytest.raises(UserError, match="holds another run"), only_run(location, is_named=True):
         pass
     assert (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(("number", "call"), [(signal.SIGTERM, 1), (signal.SIGALRM, 2)])
+def test_a_signal_while_processes_agree_counts_the_next_time(number, call):
+    """Python handles it after the call that waits for the others, before its answer is kept."""
+    calls = []
+
+    class Interrupted(Runtime):
+        def all_reduce_max(self, value: int) -> int:
+            calls.append(value)
+            if len(calls) == call:
+                signal.raise_signal(number)
+            return value
+
+    runtime = Interrupted(torch.device("cpu"), "fp32")
+    with StopSignals(runtime, "go on", seconds=3600) as signals:
+        assert signals.requested() is None
+        assert signals.requested() == number

@@ -189,6 +189,14 @@ def test_the_last_layer_of_the_first_token_gives_the_losses_and_gradients_of_the
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
 
 
+def test_a_model_without_layers_stays_as_it_is():
+    """Hypothesis found it: a damaged config of a cross-encoder with no layers."""
+    model = make_classifier("bert")
+    model.bert.encoder.layer = torch.nn.ModuleList()
+    speedups.use_first_token(model)
+    assert model(**padded_batch()).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["bert", "distilbert"])
 @pytest.mark.parametrize("where", ["hidden", "attention"])
 def test_the_first_tokens_dropout_is_that_of_the_whole_layer(kind, where):
