@@ -555,7 +555,8 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
     thresholds, positive_class = report.thresholds_of(scores), config.scoring.positive_class
     answer = baseline.commonest_answer(loaded.tokenized["train"])
     if runtime.is_main:
-        saved_settings.save_baseline(folder / "best", answer)
+        notes = loaded.notes
+        saved_settings.save_outcome(folder / "best", answer, notes.cut, notes.test_sha256)
     assert state.best is not None
     outcome = report.Outcome(
         settings=run.log.settings,

@@ -12,6 +12,8 @@ them.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -119,6 +121,7 @@ class DataNotes:
     rare: list[str] = field(default_factory=list)  # classes that are left out or merged
     rare_rows: list[Fault] = field(default_factory=list)  # those of classes that are left out
     cut: list[str] = field(default_factory=list)  # splits that had to be cut from train
+    test_sha256: str | None = None  # of the texts of the test split, if it was cut
     not_cut: str | None = None  # why they could not be, where --inspect goes on without them
     cleaned: dict[str, str | None] = field(default_factory=dict)  # label -> how it is read, None: as none
 
@@ -148,6 +151,8 @@ def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = 
         splits, notes.rare, notes.rare_rows = without_rare(splits, config.drop_rare, config.merge_rare)
     try:
         splits, notes.cut = cut_missing_splits(splits, seed=config.seed)
+        if "test" in notes.cut:
+            notes.test_sha256 = texts_sha256(splits["test"])
     except UserError as error:
         if not config.inspect:
             raise
@@ -257,7 +262,12 @@ def load_rows_for_scoring(
         if seed != config.seed:
             problem = f"the model was trained with {flag} {seed}, which cuts a different test split"
             raise UserError(f"{flag} {config.seed}: {problem}; use that seed")
-        splits, _ = cut_missing_splits(splits, seed=config.seed)
+        splits, _ = cut_missing_splits(splits, seed=config.seed, missing=trained.cut)
+        if trained.test_sha256 not in (None, texts_sha256(splits["test"])):
+            problem = "the test split that is cut from it now is not the one of the training, so that texts"
+            problem += " of the training would be scored: the data or the flags have changed since"
+            advice = "give the file and the flags of the training, or texts that the model has not seen"
+            raise UserError(f"--dataset {config.dataset}: {problem}; {advice}")
     split, size = "test" if "test" in splits else "train", config.max_eval_samples
     rows = sample(splits[split], size, seed=config.seed, flag="--max-eval-samples")
     name = config.test_file or config.dataset
@@ -455,14 +465,24 @@ def _row_numbers(rows: datasets.Dataset) -> np.ndarray:
     return np.asarray(rows[ROW][:]) if has_numbers else np.arange(1, len(rows) + 1)
 
 
-def cut_missing_splits(splits: Splits, *, seed: int) -> tuple[Splits, list[str]]:
-    """Return the three splits, and the names of those that had to be cut from the training split.
+def texts_sha256(rows: datasets.Dataset) -> str:
+    """Return the SHA-256 of the texts of a split, in their order, in hexadecimal."""
+    digest = hashlib.sha256()
+    for column in ("text", "text_pair"):
+        for text in rows[column][:] if column in rows.column_names else ():
+            digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
+
+
+def cut_missing_splits(splits: Splits, *, seed: int, missing: Sequence[str] = ()) -> tuple[Splits, list[str]]:
+    """Return the splits, and the names of those that had to be cut from the training split: the
+    `missing` ones, by default all that are not there.
 
     Each missing split gets 10 % of the source's training rows, stratified; which ones depends on
     the seed alone. Raises UserError when a class has too few rows.
     """
     cut, num_rows = dict(splits), len(splits["train"])
-    missing = [split for split in ("validation", "test") if split not in splits]
+    missing = list(missing) or [split for split in ("validation", "test") if split not in splits]
     if missing and task_of_rows(splits["train"]).kind == SINGLE:
         _check_counts(splits["train"], missing)
     for split in missing:
@@ -470,7 +490,7 @@ def cut_missing_splits(splits: Splits, *, seed: int) -> tuple[Splits, list[str]]
         size = max(round(num_rows * CUT_SHARE), len(task.names) if task.kind == SINGLE else 1)
         purpose = f"a {split} split"
         cut["train"], cut[split] = stratified_cut(cut["train"], size, seed=seed, purpose=purpose)
-    return {split: cut[split] for split in ("train", "validation", "test")}, missing
+    return {split: cut[split] for split in ("train", "validation", "test") if split in cut}, missing
 
 
 def _check_counts(rows: datasets.Dataset, missing: list[str]) -> None:

@@ -186,6 +186,30 @@ def test_pipeline_and_from_pretrained_load_best_and_agree_with_predict(finished,
     assert AutoTokenizer.from_pretrained(folder / "best").model_max_length == 24
 
 
+def test_evaluate_only_scores_the_test_split_of_the_training_or_none(
+    flags, call_script, sentences_csv, tmp_path
+):
+    """With a file for the validation, the test split alone was cut; of a file that has changed since,
+    another one would be, most of whose texts the model has learned.
+    """
+    header, *rows = sentences_csv.read_text(encoding="utf-8").splitlines(keepends=True)
+    data, validation, run = tmp_path / "data.csv", tmp_path / "validation.csv", tmp_path / "run"
+    data.write_text(header + "".join(rows[:100]), encoding="utf-8")
+    validation.write_text(header + "".join(rows[100:]), encoding="utf-8")
+    own = ["--dataset", data, "--validation-file", validation, "--output-dir", run]
+    call_script("train_classifier.py", *flags, *own)
+    scored = ["train_classifier.py", "--model", run / "best", "--dataset", data, "--evaluate-only"]
+    loss = json.loads((run / "metrics.json").read_text())["test_loss"]
+    assert f"loss {loss:.4f}" in call_script(*scored).stdout
+    data.write_text(header + "".join(rows[99::-1]), encoding="utf-8")
+    done = call_script(*scored, check=False)
+    assert (
+        done.returncode == 2
+        and "is not the one of the training" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
+
+
 def test_evaluate_only_gives_the_score_of_the_run(finished, call_script, sentences_csv):
     folder, _ = finished
     before = sorted(path for path in folder.rglob("*"))
