@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 NAME, COMPILED = "matrix_products", "compiled"
 MAX_TOKENS = 512  # the probabilities take 2 bytes x heads x tokens for each token and layer
 DRAWS_PER_INT64, LEVELS = 4, 1 << 16  # a 64-bit draw holds four 16-bit decisions
-# of the same number of bits
+# whole numbers of as many bits
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 # Classes of transformers whose head reads the first token alone, and whose layers have these parts.
 KINDS = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")

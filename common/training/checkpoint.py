@@ -531,11 +531,11 @@ class StopSignals:
         up, None otherwise; all must call it at the same point.
         """
         received = self.runtime.all_reduce_max(self.received or 0)
-        self.received = received or self.received  # what came meanwhile counts the next time
-        if not received and self.seconds is not None:
-            is_time_up = self.runtime.all_reduce_max(self.is_time_up) > 0
-            self.is_time_up |= is_time_up
-            return TIME_IS_UP if is_time_up else None
+        if received:  # what came meanwhile stays, and counts the next time
+            self.received = received
+        elif self.seconds is not None and self.runtime.all_reduce_max(self.is_time_up):
+            self.is_time_up = True
+            return TIME_IS_UP
         return received or None
 
     def stop(self) -> NoReturn:

@@ -255,14 +255,15 @@ def load_rows_for_scoring(
         splits, _ = clean(splits, config.texts, config.labels, faults, task)
         runtime.say(f"skipped  {counted(len(faults), 'row')} that can't be used")
     splits = validate(splits, config.texts, config.labels, trained=task)
-    if "test" not in splits and name_sha256(config.dataset) == trained.dataset_sha256:
+    was_cut = trained.cut is None or "test" in trained.cut  # None: a model that does not tell
+    if "test" not in splits and was_cut and name_sha256(config.dataset) == trained.dataset_sha256:
         seed, flag = trained.split_seed, "--split-seed"
         if seed is None:
             seed, flag = trained.seed, "--seed"
         if seed != config.seed:
             problem = f"the model was trained with {flag} {seed}, which cuts a different test split"
             raise UserError(f"{flag} {config.seed}: {problem}; use that seed")
-        splits, _ = cut_missing_splits(splits, seed=config.seed, missing=trained.cut)
+        splits, _ = cut_missing_splits(splits, seed=config.seed, missing=trained.cut or ())
         if trained.test_sha256 not in (None, texts_sha256(splits["test"])):
             problem = "the test split that is cut from it now is not the one of the training, so that texts"
             problem += " of the training would be scored: the data or the flags have changed since"
@@ -467,10 +468,15 @@ def _row_numbers(rows: datasets.Dataset) -> np.ndarray:
 
 def texts_sha256(rows: datasets.Dataset) -> str:
     """Return the SHA-256 of the texts of a split, in their order, in hexadecimal."""
-    digest = hashlib.sha256()
-    for column in ("text", "text_pair"):
-        for text in rows[column][:] if column in rows.column_names else ():
-            digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return values_sha256(rows, [name for name in ("text", "text_pair") if name in rows.column_names])
+
+
+def values_sha256(rows: datasets.Dataset, columns: list[str], before: str = "") -> str:
+    """Return the SHA-256 of what stands in some columns, and of a text before it, in hexadecimal."""
+    digest = hashlib.sha256(before.encode())
+    for name in columns:
+        for value in rows[name][:]:
+            digest.update(f"{value}\0".encode())
     return digest.hexdigest()
 
 

@@ -50,7 +50,7 @@ class SavedSettings:
     positive_class: str | None = None
     thresholds: tuple[float, ...] = ()  # one per label
     temperature: float = 1.0  # by which logits are divided; not 1 if the model was calibrated
-    cut: tuple[str, ...] = ()  # splits that were cut from the training split
+    cut: list[str] | None = None  # splits that were cut from the training split
     test_sha256: str | None = None  # of the texts of the test split, if it was cut
     baseline: Label | None = None  # the answer of a baseline, such as the most frequent class
 
@@ -109,7 +109,7 @@ def read_settings(folder: Path, name: str) -> SavedSettings:
         positive_class=settings.get("positive_class"),
         thresholds=tuple(settings.get("thresholds", ())),
         temperature=settings.get("temperature", 1.0),
-        cut=tuple(settings.get("cut", ())),
+        cut=settings.get("cut"),
         test_sha256=settings.get("test_sha256"),
         baseline=settings.get("baseline"),
     )
@@ -132,7 +132,7 @@ def _read_json(folder: Path, name: str) -> dict:
         "split_seed": split_seed is None or _is_seed(split_seed),
         "text_column": isinstance(settings.get("text_column", ""), str),
         "label_column": isinstance(settings.get("label_column", ""), str),
-        "cut": settings.get("cut", []) in ([], ["validation"], ["test"], ["validation", "test"]),
+        "cut": settings.get("cut") in (None, [], ["validation"], ["test"], ["validation", "test"]),
         "label_separator": isinstance(settings.get("label_separator"), str | None),
     }
     for setting, is_usable in is_known.items():

@@ -7,7 +7,6 @@ not.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 from common.errors import note, quoted
 from common.files import replace_file, sha256
 from common.runtime import Runtime
-from common.training.data import Splits
+from common.training.data import Splits, values_sha256
 
 if TYPE_CHECKING:
     import datasets
@@ -220,14 +219,10 @@ def tokenize(
 
 def _sha256_of_rows(rows: datasets.Dataset, what_is_done: str) -> str:
     """Return the SHA-256 of rows, and of what is done to them, in hexadecimal."""
-    digest = hashlib.sha256(what_is_done.encode())
     # the values of a label are numbers: its names are what they mean
-    for feature in rows.features.values():
-        digest.update(f"{feature}\0".encode())
-    for name in rows.column_names:  # labels and row numbers are in the file as well
-        for value in rows[name][:]:
-            digest.update(f"{value}\0".encode())
-    return digest.hexdigest()
+    features = "".join(f"{feature}\0" for feature in rows.features.values())
+    # labels and row numbers are in the file as well
+    return values_sha256(rows, rows.column_names, before=what_is_done + features)
 
 
 def _remove_if_damaged(cached: Path, proof: Path) -> None:

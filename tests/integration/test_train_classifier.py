@@ -201,6 +201,12 @@ def test_evaluate_only_scores_the_test_split_of_the_training_or_none(
     scored = ["train_classifier.py", "--model", run / "best", "--dataset", data, "--evaluate-only"]
     loss = json.loads((run / "metrics.json").read_text())["test_loss"]
     assert f"loss {loss:.4f}" in call_script(*scored).stdout
+    # had the test split a file of its own, all rows are those of the training, which a line says
+    settings = json.loads((run / "best" / "training.json").read_text())
+    told = {**settings, "cut": ["validation"], "test_sha256": None}
+    (run / "best" / "training.json").write_text(json.dumps(told))
+    assert "100 texts" in (shown := call_script(*scored).stdout) and "may have been trained on" in shown
+    (run / "best" / "training.json").write_text(json.dumps(settings))
     data.write_text(header + "".join(rows[99::-1]), encoding="utf-8")
     done = call_script(*scored, check=False)
     assert (
