@@ -23,6 +23,7 @@ from common.training import classifier, data, faults, unlabelled
 from common.training.data import TextConfig
 from common.training.labels import LabelConfig, tidy_labels
 from common.training.run import SINGLE
+from common.training.saved_settings import SavedSettings
 from common.training.task import Task, task_of_rows
 from common.training.tokenization import tokenize
 
@@ -554,7 +555,7 @@ def test_a_file_of_a_split_takes_the_place_of_the_data_sets_own(tmp_path, cache_
     splits = data.load_splits(train_classifier.data_config(args), runtime)
     assert all(text.startswith("other") for text in splits["test"]["text"])
     rows = data.load_rows_for_scoring(
-        train_classifier.data_config(args), Task(SINGLE, ("0", "1")), {}, runtime
+        train_classifier.data_config(args), Task(SINGLE, ("0", "1")), SavedSettings(), runtime
     )
     assert rows["text"][:] == splits["test"]["text"][:]
 
