@@ -23,7 +23,7 @@ from common.dialects import Dialect, read_cells
 from common.errors import UserError, counted, note, one_line, shorten
 from common.plain_files import DataFile
 from common.sources import EVERY_COLUMN, FASTTEXT_LABEL, suffix
-from common.tables import BLOCK_ROWS, gather, is_utf8, parse_lines
+from common.tables import BLOCK_ROWS, gather, is_utf8, map_file, parse_lines
 
 MOST_RESTARTS = 20  # after quotation marks that are never closed
 BLOCK_BYTES = 4 << 20  # of a file that Arrow reads at once
@@ -52,7 +52,7 @@ def read(data: DataFile) -> pa.Table:
         _warn_of_long_cells(content, quotes, data.name, dialect)
         # what it can't read, the plain reader reads, or says on which line the fault is
         with contextlib.suppress(pa.ArrowInvalid):
-            table = gather(read_fast(content, dialect), data.folder)
+            table = gather(read_fast(map_file(data.file), dialect), data.folder)
     if table is None:
         table = gather(_blocks_of_rows(read_rows(data, dialect), dialect.names), data.folder)
     return _with_numbers(table, data.as_text, data.options.decimal)
@@ -195,12 +195,12 @@ def is_well_formed(content: np.ndarray, quotes: np.ndarray, delimiter: str) -> b
     return bool(starts.all() and ends.all())
 
 
-def read_fast(content: np.ndarray, dialect: Dialect) -> Iterator[pa.Table]:
+def read_fast(content: pa.NativeFile, dialect: Dialect) -> Iterator[pa.Table]:
     """Yield the rows of `read_rows` in blocks, for a file that is well formed: the fast version."""
     keys = [str(number) for number in range(len(dialect.names))]
     types = dict.fromkeys(keys, pa.string())
     reader = pyarrow.csv.open_csv(
-        pa.BufferReader(pa.py_buffer(content)),
+        content,
         pyarrow.csv.ReadOptions(column_names=keys, block_size=BLOCK_BYTES, use_threads=False),
         pyarrow.csv.ParseOptions(
             delimiter=dialect.delimiter,

@@ -10,9 +10,8 @@ import contextlib
 import errno
 import itertools
 import json
-import mmap
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -86,8 +85,17 @@ def _on_disk(tables: Iterable[pa.Table], folder: str | None) -> list[pa.Table]:
             with pa.ipc.new_stream(file, table.schema) as writer:
                 writer.write_table(table)
         file.flush()
-        content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        content = map_file(file).read_buffer()
     return [pa.ipc.open_stream(content.slice(start)).read_all() for start in starts]
+
+
+def map_file(file: BinaryIO) -> pa.MemoryMappedFile:
+    """Return the content of an open file for Arrow, which maps it itself.
+
+    A mapping of Python's could only be given back with Python's lock. A thread of Arrow that is the
+    last to hold it, and waits for the lock when the process ends, aborts it.
+    """
+    return pa.memory_map(f"/dev/fd/{file.fileno()}")
 
 
 def joined(tables: list[pa.Table]) -> pa.Table:
@@ -164,8 +172,7 @@ def read_parquet(data: DataFile) -> pa.Table:
     stand for, and what was stored in a way that few functions of Arrow know, in the usual one.
     """
     with explained(data.name, "parquet"):
-        content = pa.BufferReader(pa.py_buffer(data.mapped()))
-        source = pq.ParquetFile(content, page_checksum_verification=True)
+        source = pq.ParquetFile(map_file(data.file), page_checksum_verification=True)
         blocks = (pa.Table.from_batches([batch]) for batch in source.iter_batches(BLOCK_ROWS))
         table = gather(blocks, data.folder)
         for position, field in enumerate(table.schema):

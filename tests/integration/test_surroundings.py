@@ -79,6 +79,21 @@ def test_the_reader_of_the_help_may_leave(script):
     assert done.returncode in (0, 141) and done.stderr == "" and len(done.stdout) == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="keeps a process on one core")
+def test_threads_of_a_library_do_not_abort_a_process_that_ends(tmp_path):
+    """Arrow's threads waited for Python's lock when the process ended, which aborts it: four times in
+    five with one core and a lock that is rarely given up.
+    """
+    start = (
+        "import os, sys; sys.setswitchinterval(0.3); os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})"
+    )
+    (tmp_path / "sitecustomize.py").write_text(start)
+    (tmp_path / "texts.csv").write_text("text,label\na b,x\nc,d,e\nf g,y\n")
+    command = ("embed_search.py", "index", tmp_path / "texts.csv", "--index", tmp_path / "index")
+    for _ in range(3):
+        assert is_one_line(in_shell("exec", *command, PYTHONPATH=str(tmp_path)), "line 3: 3 cells")
+
+
 @pytest.mark.slow
 def test_a_limit_of_file_size_is_one_line(flags, tmp_path):
     """TensorBoard's thread meets it as well."""
