@@ -205,9 +205,16 @@ def name(text: str) -> str:
     return text
 
 
+def path(text: str) -> str:
+    """Parse a path, or a name that may be one. A "~" at its beginning is the home folder: a shell
+    leaves it as it is in --flag=~/file.
+    """
+    return os.path.expanduser(name(text))
+
+
 def folder(text: str) -> str:
     """Parse the path of a folder that exists or can be made."""
-    name(text)
+    text = path(text)
     nearest = next(path for path in (Path(text), *Path(text).absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: {nearest} is a file; name a folder")
@@ -219,6 +226,7 @@ def folder(text: str) -> str:
 
 def file(text: str) -> str:
     """Parse the path of a file, or of a pipe, as the shell's <(command) makes one."""
+    text = os.path.expanduser(text)
     if os.path.isdir(text) or not os.path.exists(text):
         raise argparse.ArgumentTypeError(f"{text or 'the empty name'}: no such file; check the path")
     return text
@@ -290,7 +298,7 @@ def file_options(args: argparse.Namespace) -> FileOptions:
 def add_shared_flags(parser: argparse.ArgumentParser, *, model: str | None) -> None:
     """Add the flags that every script has; `model` is the script's default model."""
     group = parser.add_argument_group("model and machine")
-    group.add_argument("--model", default=model, help="a bundled name, a local folder or a Hub id")
+    group.add_argument("--model", type=path, default=model, help="a bundled name, a local folder or a Hub id")
     help_text = "folder for downloads and tokenised texts (default: the Hugging Face cache)"
     group.add_argument("--cache-dir", type=folder, help=help_text)
     group.add_argument(

@@ -58,7 +58,7 @@ def add_model_flags(parser: cli.Parser) -> None:
 
     help_text = "a LoRA adapter of peft, in a folder or on the Hub, merged into the model's weights"
     add = parser.add_argument_group("adapter").add_argument
-    add("--adapter", metavar="FOLDER|NAME", help=help_text)
+    add("--adapter", type=cli.path, metavar="FOLDER|NAME", help=help_text)
 
 
 def add_prompt_flags(parser: cli.Parser) -> None:
@@ -66,7 +66,7 @@ def add_prompt_flags(parser: cli.Parser) -> None:
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", metavar="TEXT", help="a text to continue; repeat it for more")
     help_text = "one prompt per line (-: standard input), or a data file"
-    add("--prompts-file", metavar="FILE", help=help_text)
+    add("--prompts-file", type=cli.path, metavar="FILE", help=help_text)
     add("--text-column", default="text", help="column of the prompts in a data file")
     help_text = "makes the prompts of a data file, such as 'Summarise: {review}'; {{ is a brace"
     add("--prompt-template", metavar="TEXT", type=unescape, help=help_text)
@@ -78,7 +78,7 @@ def add_prompt_flags(parser: cli.Parser) -> None:
     add("--system", metavar="TEXT", help="system message of a chat")
     add("--prefill", metavar="TEXT", help="how each answer of a chat begins")
     help_text = "another template: one of several that the model has, or a file in Jinja"
-    add("--chat-template", metavar="NAME|FILE", type=cli.name, help=help_text)
+    add("--chat-template", metavar="NAME|FILE", type=cli.path, help=help_text)
     help_text = "what the template reads, such as enable_thinking=false; repeat it for more"
     option = {"action": "append", "metavar": "NAME=VALUE", "type": template_option}
     add("--template-option", **option, help=help_text)
@@ -162,13 +162,13 @@ def add_output_flags(parser: cli.Parser) -> None:
     help_text = "show the first text of each batch as it grows (default: on a terminal)"
     add("--stream", action=argparse.BooleanOptionalAction, help=help_text)
     help_text = "write one JSON line per text instead of showing it"
-    add("--output", metavar="FILE", type=cli.name, help=help_text)
+    add("--output", metavar="FILE", type=cli.path, help=help_text)
     add("--resume", action="store_true", help="continue after the texts in the output file")
     add_kept_flags(group, needs="--output", beside="the texts of a data file's prompts")
     help_text = "with --output: log-probabilities of each token and of the K most likely ones"
     add("--logprobs", type=non_negative_int, metavar="K", help=help_text)
     help_text = "ROUGE of the texts against these references: one per line, or a data file"
-    add("--references", metavar="FILE", help=help_text)
+    add("--references", type=cli.path, metavar="FILE", help=help_text)
     add("--reference-column", default="text", help="column of the references in a data file")
 
     title = "how the files of prompts, references and texts to score are written"
@@ -186,10 +186,12 @@ def add_other_work_flags(parser: cli.Parser) -> None:
     add("--check", action="store_true", help=help_text)
     add("--explain", action="store_true", help="show for each token what every filter does")
     add("--compare", action="store_true", help="show greedy, top-k and top-p side by side")
-    add("--perplexity", metavar="FILE", help="the model's perplexity on a file (-: standard input)")
+    help_text = "the model's perplexity on a file (-: standard input)"
+    add("--perplexity", type=cli.path, metavar="FILE", help=help_text)
     help_text = "how likely texts are: JSONL with prompt, choices, perhaps answer (-: standard input)"
-    add("--score-continuations", metavar="FILE", help=help_text)
-    add("--score", metavar="FILE", help="ROUGE of a file's texts against --references; no model")
+    add("--score-continuations", type=cli.path, metavar="FILE", help=help_text)
+    help_text = "ROUGE of a file's texts against --references; no model"
+    add("--score", type=cli.path, metavar="FILE", help=help_text)
     help_text = f"tokens per pass of --perplexity (default: {DEFAULT_WINDOW}, if they fit)"
     group.add_argument("--window", type=positive_int, help=help_text)
     help_text = "tokens from one window to the next (default: half a window)"

@@ -78,7 +78,7 @@ def add_index_flags(command: cli.Parser) -> None:
     flag("--store", choices=list(STORES), help=kept)
     add_wait_flag(command)
     given = "embeddings made elsewhere with --model, one for each row of TEXTS; nothing is encoded"
-    flag("--vectors", metavar="NPY", type=cli.name, help=given)
+    flag("--vectors", metavar="NPY", type=cli.path, help=given)
     add_text_flags(command)
     command.set_defaults(prune=False)  # True: rows that are gone from the texts are deleted
 
@@ -137,7 +137,7 @@ def add_search_flags(command: cli.Parser) -> None:
     add_index_flag(command, "where to search; a few texts need none", required=False)
     flag("--query", action="append", default=[], help="a text to search for; may be repeated")
     lines = "one query per line, - for standard input"
-    flag("--queries", dest="queries_file", metavar="FILE", type=cli.name, help=lines)
+    flag("--queries", dest="queries_file", metavar="FILE", type=cli.path, help=lines)
     add_hit_flags(command)
     flag("--hybrid", action="store_true", help="fuse cosine and BM25 by reciprocal rank")
     add_language_flag(command, "whose words --hybrid counts")
@@ -203,7 +203,7 @@ def add_cluster_flags(command: cli.Parser) -> None:
     flag("--min-size", type=cli.positive_int, help=smallest)
     flag("--assign", action="store_true", help="put what is in no cluster into the nearest one")
     stop = "words that mark no cluster: a file with one on each line, or a language such as de"
-    flag("--stop-words", metavar="FILE|CODE", type=cli.name, help=stop)
+    flag("--stop-words", metavar="FILE|CODE", type=cli.path, help=stop)
     flag("--output", metavar="CSV", type=new_csv, help="write the cluster of each id")
     kept = "keep the numbers in the index, as a column of this name"
     flag("--column", metavar="NAME", type=cli.name, help=kept)
@@ -244,7 +244,7 @@ def add_project_flags(command: cli.Parser) -> None:
 
 
 def add_index_flag(command: cli.Parser, what: str, *, required: bool = True) -> None:
-    command.add_argument("--index", metavar="DIR", type=cli.name, required=required, help=what)
+    command.add_argument("--index", metavar="DIR", type=index_path, required=required, help=what)
 
 
 def add_offset_flag(command: cli.Parser) -> None:
@@ -333,13 +333,13 @@ def add_where_flags(
 def add_task_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     documents = "the documents, with --queries and --qrels"
-    flag("--texts", metavar="TEXTS", nargs="+", default=[], type=cli.name, help=documents)
+    flag("--texts", metavar="TEXTS", nargs="+", default=[], type=cli.path, help=documents)
     flag("--id-column", help="the column of the documents' ids (default: id, or else _id)")
-    flag("--queries", metavar="JSONL", type=cli.name, help='one {"id": ..., "text": ...} per line')
+    flag("--queries", metavar="JSONL", type=cli.path, help='one {"id": ..., "text": ...} per line')
     qrels = "judgements: query 0 document relevance (TREC), or query document relevance (BEIR)"
-    flag("--qrels", metavar="FILE", type=cli.name, help=qrels)
+    flag("--qrels", metavar="FILE", type=cli.path, help=qrels)
     pairs = "a data file of sentence pairs with human scores"
-    flag("--sts", metavar="FILE", type=cli.name, help=pairs)
+    flag("--sts", metavar="FILE", type=cli.path, help=pairs)
     columns = ["sentence1", "sentence2", "score"]
     flag("--sts-columns", nargs=3, default=columns, metavar="COLUMN", help="its texts and score")
     add_text_flags(command)
@@ -348,7 +348,7 @@ def add_task_flags(command: cli.Parser) -> None:
 def add_rerank_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     reorders = "reorder the best hits with a cross-encoder"
-    flag("--rerank", metavar="MODEL", type=cli.name, help=reorders)
+    flag("--rerank", metavar="MODEL", type=cli.path, help=reorders)
     flag("--rerank-depth", type=cli.positive_int, default=100, help="how many of the best it reads")
 
 
@@ -380,6 +380,7 @@ def new_file(*suffixes: str) -> Callable[[str], str]:
     """Return the parser of the path of a new or empty file, whose suffix is one of these."""
 
     def parse(text: str) -> str:
+        text = cli.path(text)
         path = Path(text)
         if path.suffix.lower() not in suffixes:
             reason = f"the suffix is not one of {', '.join(suffixes)}; name such a file"
@@ -395,6 +396,7 @@ def table_file(columns: tuple[str, ...]) -> Callable[[str], str]:
     """Return the parser of the path of a CSV that is new, empty, or begins with these columns."""
 
     def parse(text: str) -> str:
+        text = cli.path(text)
         path = Path(text)
         if path.exists() and not path.is_file() and not path.is_dir():
             raise argparse.ArgumentTypeError(f"{text}: this is a device or a pipe; name a file")
@@ -420,11 +422,20 @@ def output_file(text: str) -> str:
 
 def index_name(text: str) -> str:
     """Parse the folder of an index that exists or can be made, or the name of a collection."""
+    text = index_path(text)
     return text if text.startswith(MILVUS) else cli.folder(text)
+
+
+def index_path(text: str) -> str:
+    """Parse the folder of an index, or the name of a collection."""
+    if text.startswith(MILVUS):
+        return MILVUS + cli.path(text.removeprefix(MILVUS))
+    return cli.path(text)
 
 
 def export_file(text: str) -> str:
     """Parse the path of a new file, whose suffix is a format of export."""
+    text = cli.path(text)
     if Path(text).suffix not in EXPORTS:
         raise argparse.ArgumentTypeError(f"{text}: the suffix is not one of {', '.join(EXPORTS)}")
     if Path(text).exists():
@@ -434,6 +445,7 @@ def export_file(text: str) -> str:
 
 def picture_file(text: str) -> str:
     """Parse the path of a picture, whose suffix is a format."""
+    text = cli.path(text)
     if Path(text).suffix.lower() not in PICTURES:
         reason = f"the suffix is not one of {', '.join(PICTURES)}; name a .png file"
         raise argparse.ArgumentTypeError(f"{text}: {reason}")

@@ -58,7 +58,7 @@ def make_parser(description: str | None = None) -> cli.Parser:
     revision = "commit, branch or tag of a Hub model, for its weights, configuration and tokenizer"
     parser.add_argument("--revision", type=cli.name, help=revision)
     other = "another tokenizer than the model's: bundled name, folder or Hub id"
-    parser.add_argument("--tokenizer", type=cli.name, metavar="NAME", help=other)
+    parser.add_argument("--tokenizer", type=cli.path, metavar="NAME", help=other)
     help_text = "folder of the run (default: runs/<data set>-<model>-<time>)"
     parser.add_argument("--output-dir", type=cli.folder, help=help_text)
     for add_flags in (
@@ -84,7 +84,7 @@ def add_data_flags(parser: cli.Parser) -> None:
     flag = group.add_argument
     either = group.add_mutually_exclusive_group().add_argument
     help_text = "bundled name, CSV/TSV/JSON/JSONL/Parquet file, folder of class folders, or Hub id"
-    either("--dataset", default="bundled/bbc-news", help=help_text)
+    either("--dataset", type=cli.path, default="bundled/bbc-news", help=help_text)
     own = "the data file of one split"
     either("--train-file", dest="dataset", type=cli.file, metavar="FILE", help=own)
     flag("--validation-file", type=cli.file, metavar="FILE", help=f"{own}, in place of the data set's")
@@ -284,7 +284,7 @@ def add_run_flags(parser: cli.Parser) -> None:
         " checkpoint, or from a given one, runs/<name>/checkpoints/step-<number>; the other flags"
         " are those of the run"
     )
-    flag("--resume", nargs="?", const=NEWEST, metavar="RUN", help=help_text)
+    flag("--resume", nargs="?", type=os.path.expanduser, const=NEWEST, metavar="RUN", help=help_text)
     help_text = "for a job that is started again: continue the run in --output-dir if there is one"
     flag("--resume-or-start", action="store_true", help=help_text)
 
@@ -307,18 +307,19 @@ def add_other_work_flags(parser: cli.Parser) -> None:
         "show finished runs (or those of a study) side by side, each tested against the first;"
         " --output-dir takes the tables"
     )
-    flag("--compare", nargs="+", type=cli.name, metavar="RUN", help=help_text)
+    flag("--compare", nargs="+", type=cli.path, metavar="RUN", help=help_text)
     flag("--evaluate-only", action="store_true", help="score a saved --model on the test split")
     flag(
         "--predict",
+        type=cli.path,
         metavar="FILE",
         help="classify the lines of a text file (- for standard input), or the rows of a data file",
     )
     help_text = "with --predict: a new .jsonl, .csv or .parquet; --resume goes on with one that was left"
-    group.add_argument("--output", metavar="FILE", help=help_text)
+    group.add_argument("--output", type=cli.path, metavar="FILE", help=help_text)
     add_kept_flags(group, needs="--predict", beside="each answer")
     help_text = "with --inspect: a second tokenizer on a sentence (bundled name, folder or Hub id)"
-    group.add_argument("--compare-tokenizer", metavar="NAME", help=help_text)
+    group.add_argument("--compare-tokenizer", type=cli.path, metavar="NAME", help=help_text)
 
 
 # What they show at once ---------------------------------------------------------------------------

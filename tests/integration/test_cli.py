@@ -12,11 +12,14 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import embed_search
+import generate
+import train_classifier
 from common import cli
 from common.errors import UserError, counted
 
@@ -169,6 +172,34 @@ def test_the_name_of_a_folder_is_not_empty():
     """An unset variable of the shell would else mean the current folder."""
     with pytest.raises(argparse.ArgumentTypeError, match="empty"):
         cli.folder("")
+
+
+def flags_of_files(parser: argparse.ArgumentParser) -> Iterator[tuple[str, Callable]]:
+    """Yield name and type of each flag of a script that stands for a file or folder, as its help says."""
+    kinds = {"FILE", "FOLDER", "DIR", "RUN", "NPY", "PNG", "CSV", "JSONL"}
+    others = {"--model", "--dataset", "--cache-dir", "--output-dir", "--tokenizer", "--rerank", "--texts"}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from flags_of_files(command)
+        elif kinds & set(str(action.metavar).split("|")) or others & set(action.option_strings):
+            yield action.option_strings[0], action.type or str
+
+
+@pytest.mark.parametrize("script", [train_classifier, generate, embed_search])
+def test_the_sign_of_the_home_folder_is_read_where_a_shell_leaves_it(script, tmp_path, monkeypatch):
+    """Arrow reads it too, where nothing else did: files were left in the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    flags = list(flags_of_files(script.make_parser()))
+    assert len({flag for flag, _ in flags}) > 5
+    for flag, parse in flags:
+        try:
+            read = parse("~/here/x.npy")
+        except (argparse.ArgumentTypeError, UserError) as error:
+            read = str(error)
+        assert str(tmp_path / "home/here/x.npy") in read and "~" not in read, flag
+    args = embed_search.make_parser()._parse(["search", "--index=milvus:~/a.db/news", "x"], None)
+    assert args.index == f"milvus:{tmp_path}/home/a.db/news"
 
 
 def test_control_c_while_libraries_are_imported_is_quiet():

@@ -667,7 +667,7 @@ def test_an_empty_name_of_a_file_is_no_wish_to_train(refused, trained, sentences
         sentences_csv,
         "--model",
         trained,
-        parts=("the empty name", "name a text file"),
+        parts=("--predict", "the name is empty"),
     )
 
 
