@@ -127,7 +127,7 @@ def read_rows(data: DataFile, dialect: Dialect) -> Iterator[list[str]]:
 
 
 def read_sound_rows(data: DataFile, dialect: Dialect) -> Iterator[list[str]]:
-    """Yield the rows of `read_rows`, and behind the cells of each its number; note
+    """Yield the rows of `read_rows`, and behind the cells of each its number (a header has none); note
     those that it would refuse as faults.
 
     A quotation mark that is never closed costs its own line only.
@@ -150,10 +150,10 @@ def read_sound_rows(data: DataFile, dialect: Dialect) -> Iterator[list[str]]:
                     break
                 data.note(number, f"not readable as csv: {one_line(error)}", "")
                 continue
-            number += 1
             if is_header or not row:
                 is_header = is_header and not row
                 continue
+            number += 1
             content = dialect.delimiter.join(row)
             if len(row) != width:
                 data.note(number, f"not as many cells as columns ({len(row)} for {width})", content)

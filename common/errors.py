@@ -75,7 +75,7 @@ class Fault:
     """A row of a source that can't be used, where such rows are collected and not the end."""
 
     source: str  # the file, or the split of a data set
-    row: int  # as a spreadsheet numbers it: a header is row 1; of lines the number of the line
+    row: int  # from 1, the header of a table not counted
     problem: str  # the same words for every row with this problem
     content: str  # what is in the row, or in the cell
 

@@ -34,8 +34,8 @@ def _sound_objects(data: DataFile) -> Iterator[Row]:
     """
     head = data.head().lstrip()
     if head.startswith("[") or not head.split("\n", 1)[0].rstrip().endswith("}"):
-        for unit, number, row in read_objects(data):
-            yield unit, number, {**row, ROW: number}
+        for row_number, (unit, number, row) in enumerate(read_objects(data), start=1):
+            yield unit, number, {**row, ROW: row_number}
         return
 
     def parse(line: str) -> dict:
@@ -48,7 +48,7 @@ def _sound_objects(data: DataFile) -> Iterator[Row]:
         return row
 
     for number, row in parse_lines(data, parse):
-        yield "line", number, {**row, ROW: number}
+        yield "row", number, {**row, ROW: number}
 
 
 def _blocks_of_objects(data: DataFile) -> Iterator[pa.Table]:
@@ -77,7 +77,7 @@ def _block_of_objects(block: list[Row], data: DataFile) -> pa.Table:
             unit, number, row = block.pop(bad.position)
             if data.faults is None:
                 raise UserError(f"{data.name}, {unit} {number}: {bad}; correct it") from bad
-            row.pop(ROW)
+            number = row.pop(ROW)
             data.note(number, str(bad), json.dumps(row))
 
 

@@ -134,23 +134,25 @@ def as_strings(values: list) -> pa.Array:
 
 
 def parse_lines(data: DataFile, parse: Callable[[str], T]) -> Iterator[tuple[int, T]]:
-    """Yield the number of each line that is not blank, and what `parse` makes of it. What it raises
-    names the line, or is noted.
+    """Yield for each line that is not blank what `parse` makes of it, and before that its number among
+    these lines. What it raises names the line of the file, or is noted as a row.
     """
     errors = "strict" if data.faults is None else "surrogateescape"
+    row = 0
     try:
         for number, line in enumerate(data.text(errors=errors), start=1):
             line = line.rstrip("\r\n")
             if not line.strip():
                 continue
+            row += 1
             try:
                 if not is_utf8(line):
                     raise UserError("not UTF-8")
-                yield number, parse(line)
+                yield row, parse(line)
             except UserError as error:
                 if data.faults is None:
                     raise UserError(f"{data.name}, line {number}: {error}") from error
-                data.note(number, str(error).partition(";")[0], line)
+                data.note(row, str(error).partition(";")[0], line)
     except UnicodeDecodeError as error:
         raise data.not_utf8() from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from common import plain_files, reading, sources
@@ -137,9 +137,6 @@ def _read_table(file: BinaryIO, source: str, config: PromptConfig) -> list[Given
     for fault in faults or ():
         error = UserError(f"{source}, row {fault.row}: {fault.problem}; correct the row")
         numbered.append((fault.row, GivenPrompt(error, dict.fromkeys(beside))))
-    if faults is None and any(isinstance(prompt.content, UserError) for _, prompt in numbered):
-        # the reader that collects faults counts rows as a spreadsheet does, which takes longer
-        return _read_table(file, source, replace(config, skip_bad=True))
     return [prompt for _, prompt in sorted(numbered, key=lambda pair: pair[0])]
 
 

@@ -63,7 +63,7 @@ def show_faults(notes: DataNotes) -> None:
     """Print the rows that can't be used by kind, and what else is odd about the others."""
     if not notes.uncut and not notes.faults:
         return
-    say("\nROWS THAT CAN'T BE USED, numbered as in a spreadsheet (--skip-bad leaves them out)")
+    say("\nROWS THAT CAN'T BE USED, counted without the header (--skip-bad leaves them out)")
     say(faults.fault_table(notes.faults) if notes.faults else "none")
     if notes.uncut:
         say(f"\nROWS THAT CAN BE USED\n{split_table(notes.uncut)}")

@@ -50,21 +50,21 @@ the last film was great,pos
 
 @pytest.fixture
 def dirty(tmp_path) -> Path:
-    """A CSV file with a fault of each kind behind 60 good rows: the first bad row is 62 in a spreadsheet."""
+    """A CSV file with a fault of each kind behind 60 good rows: the first bad one is row 61."""
     good = "\n".join(f"{text},{label}" for text, label in make_sentences(60)).encode()
     path = tmp_path / "dirty.csv"
     path.write_bytes(DIRTY % good)
     return path
 
 
-FAULTS = {  # what is said -> rows of a spreadsheet
+FAULTS = {  # what is said -> rows
     "the text is missing": [],
-    "the text is empty": [62, 63],
-    "the label is missing": [64],
-    "not as many cells as columns (3 for 2)": [65],
-    "not UTF-8": [66],
-    "not as many cells as columns (1 for 2)": [67],
-    "a quotation mark is opened and never closed": [74],
+    "the text is empty": [61, 62],
+    "the label is missing": [63],
+    "not as many cells as columns (3 for 2)": [64],
+    "not UTF-8": [65],
+    "not as many cells as columns (1 for 2)": [66],
+    "a quotation mark is opened and never closed": [73],
 }
 
 
@@ -79,9 +79,9 @@ def test_inspect_lists_every_kind_of_fault_with_its_rows(dirty, run):
     assert "7 rows can't be used" in printed
     rest = printed[printed.index("WHAT ELSE IS TO BE KNOWN") : printed.index("\nSPLITS")]
     assert "nearly the same name: 'POS' and 'pos'" in rest
-    assert "train row 68 (pos), train row 69 (neg): a good film said twice" in rest
+    assert "train row 67 (pos), train row 68 (neg): a good film said twice" in rest
     near = rest[rest.index("texts that are nearly alike within a split: 2") :].splitlines()[1]
-    assert near.startswith("  train row 72 (pos), train row 73 (pos): 0.82 alike: this film has a story")
+    assert near.startswith("  train row 71 (pos), train row 72 (pos): 0.82 alike: this film has a story")
     assert "'POS' 1" in rest and "'once' 1" in rest and "--drop-rare" in rest and "--merge-rare" in rest
 
 
@@ -104,11 +104,11 @@ def test_inspect_names_texts_that_are_nearly_alike_across_splits(run, tmp_path):
         rest = printed[printed.index("WHAT ELSE IS TO BE KNOWN") : printed.index("\nSPLITS")]
         lines = rest.splitlines()
         apart = lines.index("texts that are nearly alike and have different labels: 2")
-        first = "  train row 42 (pos), validation row 12 (neg): 0.8"
+        first = "  train row 41 (pos), validation row 11 (neg): 0.8"
         assert lines[apart + 1].startswith(first), rest
         across = lines.index("texts that are nearly alike in several splits: 2")
-        assert lines[across + 1].startswith("  train row 42 (pos), test row 12 (pos): 0.8"), rest
-        assert "  validation row 12 (neg), test row 12 (pos): " in rest  # alike but for capitals
+        assert lines[across + 1].startswith("  train row 41 (pos), test row 11 (pos): 0.8"), rest
+        assert "  validation row 11 (neg), test row 11 (pos): " in rest  # alike but for capitals
 
 
 def test_inspect_shows_all_the_rest_where_no_split_can_be_cut(dirty, run, tmp_path):
@@ -157,16 +157,16 @@ def test_skip_bad_trains_without_the_bad_rows_and_keeps_them(dirty, run, tmp_pat
     code, printed, said = run(dirty, *flags, *SHORT)
     assert code == 0 and "7 rows can't be used: left out" in printed, said
     bad = [json.loads(line) for line in (output / "bad-rows.jsonl").read_text().splitlines()]
-    rare = [("its class has too few texts in training", row) for row in (70, 71)]
+    rare = [("its class has too few texts in training", row) for row in (69, 70)]
     assert sorted((row["problem"], row["row"]) for row in bad) == sorted(
         [*((problem, row) for problem, rows in FAULTS.items() for row in rows), *rare]
     )
     contents = {row["row"]: row["content"] for row in bad}
-    assert contents[65] == "a film, with a comma,pos" and contents[66] == "caf\\xe9 was fine,pos"
+    assert contents[64] == "a film, with a comma,pos" and contents[65] == "caf\\xe9 was fine,pos"
     with open(output / "predictions.csv") as file:  # the rows that are left keep their numbers
         texts = {int(row["row"]): row["text"] for row in csv.DictReader(file)}
     lines = dirty.read_bytes().splitlines()
-    assert texts and all(lines[row - 1].decode().startswith(text) for row, text in texts.items())
+    assert texts and all(lines[row].decode().startswith(text) for row, text in texts.items())
 
 
 def test_skip_bad_predicts_without_the_bad_rows(run, tmp_path):
@@ -212,7 +212,7 @@ def test_labels_of_other_tasks_have_faults_of_their_own(run, tmp_path):
     code, printed, said = run(scores, "--inspect")
     assert code == 0 and "task     regression" in printed, said
     line = next(line for line in printed.splitlines() if line.startswith("the label is no number"))
-    assert "42, 43" in line
+    assert "41, 42" in line
 
 
 def test_rare_classes_become_one(run, tmp_path):
@@ -260,7 +260,7 @@ def test_a_test_split_without_labels_is_predicted(labels, run, tmp_path):
     assert all(row["label"] in ("0", "1") for row in rows)
 
 
-@pytest.mark.parametrize("mode, bad", [("join", [43]), ("pair", [42, 43])])
+@pytest.mark.parametrize("mode, bad", [("join", [42]), ("pair", [41, 42])])
 def test_an_empty_cell_is_a_fault_of_a_pair_but_not_of_a_text_that_is_joined(mode, bad, run, tmp_path):
     """Oracle of the split without labels: --predict on its file, with the model of the run."""
     folder, output = tmp_path / "splits", tmp_path / "run"
@@ -271,7 +271,7 @@ def test_an_empty_cell_is_a_fault_of_a_pair_but_not_of_a_text_that_is_joined(mod
     (folder / "test.csv").write_text("\n".join(["title,body", *rows, ",a film", ",  "]) + "\n")
     columns = ["--text-column", "title,body", "--text-mode", mode]
     code, _, said = run(folder, *columns, "--output-dir", output, *SHORT)
-    assert code == 2 and f"split test, row {bad[0] - 1}" in said and not output.exists()
+    assert code == 2 and f"split test, row {bad[0]}" in said and not output.exists()
     code, printed, said = run(folder, *columns, "--skip-bad", "--output-dir", output, *SHORT)
     assert code == 0 and f"{2 * len(bad)} rows can't be used: left out" in printed, said
     faults = [json.loads(line) for line in (output / "bad-rows.jsonl").read_text().splitlines()]
@@ -285,7 +285,7 @@ def test_an_empty_cell_is_a_fault_of_a_pair_but_not_of_a_text_that_is_joined(mod
     assert code == 0 and f"{rows} can't be used: left out" in said, said
     with open(output / "unlabelled.csv") as one, open(answers) as other:
         ours, theirs = list(csv.DictReader(one)), list(csv.DictReader(other))
-    assert [int(row["row"]) for row in ours] == [row for row in range(2, 44) if row not in bad]
+    assert [int(row["row"]) for row in ours] == [row for row in range(1, 43) if row not in bad]
     for row, expected in zip(ours, theirs, strict=True):
         assert row["row"] == expected["row"] and row["label"] == expected["label"]
         assert float(row["confidence"]) == pytest.approx(float(expected["confidence"]), abs=1e-4)

@@ -157,7 +157,7 @@ MISTAKES = {  # name: (file, content, flags, what the line must hold)
         "t.csv",
         "text,id\na,\n",
         ["--prompt-template", "{text} {id}"],
-        ("t.csv, row 2", "'id'", "empty", "--skip-bad"),
+        ("t.csv, row 1", "'id'", "empty", "--skip-bad"),
     ),
     "a brace alone": ("t.csv", "text\na\n", ["--prompt-template", "{text"], ("--prompt-template", "{{")),
     "a column of a template": (
@@ -188,13 +188,13 @@ BAD = {
     "rows.csv": (
         b"id,text\n1,%s\n\n2,\n3,%s\n4,x,y\n5,\xff\n6,%s\n",
         ["--id-column", "id"],
-        {"row 4": "'text' is empty", "row 6": "3 for 2", "row 7": "not UTF-8"},
+        {"row 2": "'text' is empty", "row 4": "3 for 2", "row 5": "not UTF-8"},
     ),
     "rows.jsonl": (
         b'{"text": "%s"}\n\n{"text": null}\n{"text": "%s", "id": 9}\n{"text"\n[1]\n'
         b'{"id": 1}\n{"text": "%s"}\n',
         ["--keep-columns", "all"],
-        {"row 3": "missing", "row 5": "not readable", "row 6": "not a JSON object", "row 7": "missing"},
+        {"row 2": "missing", "row 4": "not readable", "row 5": "not a JSON object", "row 6": "missing"},
     ),
     "talk.jsonl": (
         b'\n{"messages": [{"role": "user", "content": "%s"}], "id": 4}\n\n{"prompt": " "}\n{"messages": []}\n'
@@ -205,7 +205,7 @@ BAD = {
     "template.csv": (
         b"id,title,text\n1,A,%s\n2,,x\n3,B,%s\n4,C,\n5,D,%s\n",
         ["--prompt-template", "{title}: {text}", "--id-column", "id"],
-        {"row 3": "'title' is empty", "row 5": "'text' is empty"},
+        {"row 2": "'title' is empty", "row 4": "'text' is empty"},
     ),
 }
 

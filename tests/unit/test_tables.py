@@ -21,6 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common import delimited, json_rows, reading, tables
+from common.columns import ROW
 from common.errors import UserError
 from common.plain_files import DataFile
 from common.sources import FileOptions
@@ -788,3 +789,21 @@ def test_a_flipped_bit_of_a_parquet_file_with_checksums_is_refused(tmp_path):
     content[content.index(b"some text")] ^= 1
     with pytest.raises(UserError, match="not readable as parquet: .*CRC"):
         read(tmp_path / "t.parquet", bytes(content))
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("rows.csv", "\ntext,label\n\na,x\n\nb,y\nc,z\n"),
+        ("rows.tsv", "text\tlabel\na\tx\nb\ty\nc\tz\n"),
+        ("rows.jsonl", '{"text": "a"}\n\n{"text": "b"}\n{"text": "c"}\n'),
+        ("rows.json", '[{"text": "a"},\n\n{"text": "b"}, {"text": "c"}]'),
+        ("rows.txt", "__label__x a\n\n__label__y b\n__label__z c\n"),
+    ],
+)
+def test_a_row_has_its_number_whether_or_not_bad_ones_are_left_out(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    strict = reading.read_file(tmp_path / name)
+    sound = reading.read_file(tmp_path / name, faults=[])
+    assert strict["text"][:] == sound["text"][:] == ["a", "b", "c"]
+    assert [int(number) for number in sound[ROW]] == [1, 2, 3]
