@@ -1,4 +1,4 @@
-"""Prompts from files: the lines of a text, the rows of a table, conversations in JSON lines."""
+"""Prompts from files: the lines of a text, the rows of a table, conversations in JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from common import plain_files, reading, sources
 from common.cli import json_line
@@ -15,14 +15,14 @@ from common.errors import Fault, UserError, outcome
 from common.generation.messages import Message, check_messages
 from common.generation.output import OWN_FIELDS
 from common.generation.prompt_template import FLAG, PromptTemplate
+from common.json_objects import read_objects
 from common.sources import FileOptions
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-LINES_OF_JSON = (".jsonl", ".ndjson")
-PROMPT_KEYS = ("messages", "prompt")  # of which a line of prompts has one
+PROMPT_KEYS = ("messages", "prompt")  # of which an object of JSON that is no row of a table has one
 BLOCK = 10_000  # rows whose cells are looked at together
 
 
@@ -195,35 +195,56 @@ def _json_value(cell: Any) -> Any:
     return json.loads(json_line(cell))
 
 
-# Lines of JSON ------------------------------------------------------------------------------------
+# JSON ---------------------------------------------------------------------------------------------
 
 
 def _holds_conversations(file: BinaryIO, name: str, config: PromptConfig) -> bool:
-    """Return whether an open file is of JSON lines with `messages` or `prompt`, as its first one
-    shows; a column of texts, if there is one, goes before these, and a template too.
+    """Return whether an open file is of JSON objects with `messages` or `prompt`, or a list of
+    messages, as its beginning shows; a column of texts, if there is one, goes before these, and a
+    template too.
     """
     if config.options.is_table or config.template is not None:
         return False
-    if name != "-" and sources.suffix(name) not in LINES_OF_JSON:
+    if name != "-" and sources.suffix(name) not in sources.JSON_SUFFIXES:
         return False
+    first, how = _first_object(file)
+    is_prompt = not first.keys().isdisjoint(PROMPT_KEYS) or (how == "list" and _is_message(first))
+    return is_prompt and config.text_column not in first
+
+
+def _first_object(file: BinaryIO) -> tuple[dict, Literal["line", "list", "several lines"]]:
+    """Return the first object of a file of JSON, empty if it begins with none, and where it stands."""
     file.seek(0)
-    lines = iter(lambda: file.readline(reading.LONGEST_TEXT), b"")
-    head = next((line for line in lines if line.strip()), b"")
+    text = file.read(reading.LONGEST_TEXT).decode("utf-8-sig", "replace").lstrip()
     file.seek(0)
+    is_list = text.startswith("[")
+    text = text.removeprefix("[").lstrip()
+    first, end = None, 0
     with contextlib.suppress(ValueError, RecursionError):
-        row = json.loads(head)
-        has_prompts = isinstance(row, dict) and not row.keys().isdisjoint(PROMPT_KEYS)
-        return has_prompts and config.text_column not in row
-    return False
+        first, end = json.JSONDecoder().raw_decode(text)
+    is_line = "\n" not in text[:end] and not text[end:].partition("\n")[0].strip()
+    how = "list" if is_list else "line" if is_line else "several lines"
+    return (first if isinstance(first, dict) else {}), how
+
+
+def _is_message(row: dict) -> bool:
+    return row.keys() >= {"role", "content"} and row.keys().isdisjoint(PROMPT_KEYS)
 
 
 def _read_json(file: BinaryIO, source: str, config: PromptConfig) -> list[GivenPrompt]:
-    def read_line(line: bytes, place: str) -> dict:
-        return parse_object(plain_files.decode_utf8(line, place), place)
-
-    lines = enumerate(reading.raw_lines(file), start=1)
-    numbered = [(line, f"{source}, line {number}") for number, line in lines if line.strip()]
-    rows = [(outcome(read_line, line, place), place) for line, place in numbered]
+    """Return a prompt for each object: of a line alone what is wrong with it, if it can't be used. A
+    list of messages is one conversation.
+    """
+    first, how = _first_object(file)
+    if how == "line":
+        lines = enumerate(reading.raw_lines(file), start=1)
+        numbered = [(line, f"{source}, line {number}") for number, line in lines if line.strip()]
+        rows = [(outcome(_object_of_line, line, place), place) for line, place in numbered]
+    else:
+        data = plain_files.DataFile(file, source, config.options, (), config.cache_dir)
+        rows = [(row, f"{source}, {unit} {number}") for unit, number, row in read_objects(data)]
+        if how == "list" and _is_message(first):
+            rows = [({"messages": [row for row, _ in rows]}, source)]
     names = dict.fromkeys(key for row, _ in rows if isinstance(row, dict) for key in row)
     kept = find_kept(config.kept, names, others=PROMPT_KEYS, source=source)
     beside = names_beside(kept, OWN_FIELDS)
@@ -240,12 +261,16 @@ def _read_json(file: BinaryIO, source: str, config: PromptConfig) -> list[GivenP
 def _prompt_of_object(row: dict, place: str) -> str | list[Message]:
     given = [row[key] for key in PROMPT_KEYS if row.get(key) is not None]
     if len(given) != 1:
-        raise UserError(f"{place}: a line has either messages or a prompt; correct it")
+        raise UserError(f"{place}: an object has either messages or a prompt; correct it")
     if row.get("messages") is not None:
         return check_messages(given[0], place)
     if not isinstance(given[0], str) or sources.is_blank(given[0]):
         raise UserError(f"{place}: the prompt is no text, or empty; correct it")
     return given[0]
+
+
+def _object_of_line(line: bytes, place: str) -> dict:
+    return parse_object(plain_files.decode_utf8(line, place), place)
 
 
 def parse_object(line: str, place: str) -> dict:

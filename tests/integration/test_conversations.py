@@ -146,6 +146,36 @@ def test_a_prompt_that_is_missing_is_left_out(name, content, place, flags, scrip
     assert [x["token_ids"] for x in (first, last)] == [x["token_ids"] for x in read_json_lines(alone)]
 
 
+@pytest.mark.parametrize(
+    "name, rows",
+    [
+        ("x.json", [{"messages": [ASK, SAID, MORE]}, {"prompt": ASK["content"]}]),
+        ("x.jsonl", [{"messages": [ASK, SAID, MORE], "id": 2}]),
+        ("x.json", {"messages": [ASK]}),
+        ("x.json", [ASK, SAID, MORE]),  # one conversation
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_conversations_are_read_however_json_is_written(name, rows, indent, script, tmp_path):
+    """Oracle: the same objects in lines."""
+    file, lines, out = tmp_path / name, tmp_path / "lines.jsonl", [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+    file.write_text(json.dumps(rows, indent=indent))
+    rows = rows if isinstance(rows, list) else [rows]
+    write_prompts(lines, *([{"messages": rows}] if "role" in rows[0] else rows))
+    for source, output in zip((file, lines), out):
+        code, _, stderr = script("--chat", "--prompts-file", source, "--output", output)
+        assert code == 0, stderr
+    assert read_json_lines(out[0]) == read_json_lines(out[1])
+
+
+def test_a_list_of_conversations_names_its_row(script, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps([{"messages": [ASK]}, {"messages": []}]))
+    code, _, stderr = script("--chat", "--prompts-file", tmp_path / "x.json")
+    assert code == 2 and "x.json, row 2: " in stderr
+    code, _, stderr = script("--prompts-file", tmp_path / "x.json", "--skip-bad")
+    assert code == 2 and "it holds messages; add --chat" in stderr
+
+
 def test_a_conversation_that_the_template_refuses_is_left_out(script, tmp_path):
     """A template that breaks a limit is another matter: it ends the run."""
     save_tiny_model(
