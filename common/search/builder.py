@@ -22,7 +22,7 @@ from common.runtime import Runtime
 from common.search.display import say_notes
 from common.search.encoder import Chunk, Encoder, split_into_chunks
 from common.search.index import Snapshot, Store, open_store, whole_documents
-from common.search.manifest import Settings, store_of
+from common.search.manifest import Settings, store_of, taken_column
 from common.search.segments import (
     CHUNK,
     HASH,
@@ -59,8 +59,28 @@ def settings_of(
 def hashes_of(table: pa.Table) -> list[bytes]:
     """Return for each row the hash of its text (16 bytes) and of its columns (16 bytes)."""
     texts, rows = table[TEXT].to_pylist(), table.drop_columns([TEXT]).to_pylist()
-    metadata = [json.dumps(_plain(row), default=str, sort_keys=True) for row in rows]
-    return [digest(text) + digest(more) for text, more in zip(texts, metadata)]
+    return [digest(text) + _metadata_hash(row) for text, row in zip(texts, rows)]
+
+
+def _metadata_hash(row: dict[str, Any]) -> bytes:
+    """Return the hash (16 bytes) of the columns of a row."""
+    return digest(json.dumps(_plain(row), default=str, sort_keys=True))
+
+
+def check_clusters(snapshot: Snapshot, name: str) -> None:
+    """Raise UserError unless a column of whole numbers can be replaced by those of clusters.
+
+    An index that was made before `cluster` noted its columns has the hashes of its rows alone to tell:
+    they are those of the source, in which a column of clusters has no part.
+    """
+    if name not in snapshot.columns or name in snapshot.manifest.get("clusters", []):
+        return
+    rows, columns = np.flatnonzero(snapshot.is_live()), list(snapshot.columns)
+    for start in range(0, len(rows), SCAN):
+        for row in snapshot.take(rows[start : start + SCAN], [HASH, *columns]):
+            whole, number = row.pop(HASH), row.pop(name)
+            if number is not None and whole[16:] != _metadata_hash(row):
+                raise taken_column(name, index=str(snapshot.folder), own=name)
 
 
 @dataclass
@@ -135,6 +155,12 @@ class Builder:
         if not self.store.snapshot.num_rows:
             return
         columns = self.store.snapshot.columns
+        made = self.store.snapshot.manifest.get("clusters", [])
+        own = next((name for name in collection.rows.column_names if name in made), None)
+        if own is not None:
+            problem = f"column {own!r}: the index has one of this name that cluster made"
+            advice = "rename the column, or use another --index"
+            raise UserError(f"{collection.name}: {problem}; {advice}")
         for name in sorted(set(collection.rows.column_names) & set(columns)):
             here, there = collection.rows.schema.field(name).type, columns[name]
             if _fitting(here, there) is None:

@@ -309,8 +309,11 @@ class Store:
 
     def set_column(self, name: str, rows: np.ndarray, numbers: np.ndarray) -> None:
         """Commit whole numbers (n) of some rows (n) as a column, null in the place of 0; other rows
-        keep theirs. The hashes stay those of the source, so that its rows count as unchanged.
+        keep theirs. The hashes stay those of the source, so that its rows count as unchanged; the
+        manifest remembers that the column is not of the source.
         """
+        made = [*self.snapshot.manifest.get("clusters", []), name]
+        self.snapshot.manifest = {**self.snapshot.manifest, "clusters": list(dict.fromkeys(made))}
         all_rows = np.arange(self.snapshot.num_rows)
         values: list[int | None] = [None] * len(all_rows)
         if name in self.snapshot.columns:
@@ -410,6 +413,9 @@ class Store:
         """Commit: from the rename on, readers see the new state. Then remove the old files."""
         manifest: Manifest = {**self.snapshot.manifest, "generation": self._generation}
         manifest["columns"] = {name: str(kind) for name, kind in columns.items()}
+        if "clusters" in manifest:  # an index without rows has no columns any more
+            made = manifest["clusters"] if segments else []
+            manifest["clusters"] = [name for name in made if name in columns]
         manifest["segments"] = [segment.entry for segment in segments]
         manifest["sha256"] = seal({**manifest, "sha256": None})
         replace_file(self.folder / MANIFEST, json.dumps(manifest, indent=1))
@@ -455,7 +461,13 @@ def open_store(folder: str | Path, *, settings: Settings | None = None, wait: fl
     with only_writer(folder, flag="--index", wait=wait), _full_disk_explained(folder):
         if settings is not None and not (folder / MANIFEST).is_file():
             empty = Manifest(
-                format=FORMAT, generation=0, settings=settings, columns={}, segments=[], sha256=None
+                format=FORMAT,
+                generation=0,
+                settings=settings,
+                columns={},
+                clusters=[],
+                segments=[],
+                sha256=None,
             )
             store = Store(folder, Snapshot(folder, empty, []))
         else:

@@ -148,14 +148,15 @@ class FileEntry(TypedDict):
 
 class Manifest(TypedDict):
     """The state of an index. `columns`: metadata column -> Arrow type, which is "null" where no row
-    has a value; a segment may lack a column, or hold narrower numbers. `sha256` is the hash of all
-    the rest, None while that is computed.
+    has a value; a segment may lack a column, or hold narrower numbers. `clusters`: those of them
+    that `cluster` has made. `sha256` is the hash of all the rest, None while that is computed.
     """
 
     format: str
     generation: int  # the number of the state, one higher with each commit
     settings: Settings
     columns: dict[str, str]
+    clusters: NotRequired[list[str]]  # missing in older indexes, which do not know
     segments: list[FileEntry]
     sha256: str | None
 
@@ -207,6 +208,9 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
         raise ValueError("generation is no number")
     if not isinstance(columns, dict) or not all(isinstance(kind, str) for kind in columns.values()):
         raise ValueError("columns are missing")
+    clusters = manifest.get("clusters", [])
+    if not isinstance(clusters, list) or not all(name in [*columns] for name in clusters):
+        raise ValueError("clusters are no columns")
     if not isinstance(segments, list):
         raise ValueError("segments are missing")
     for entry in segments:
@@ -281,6 +285,12 @@ def bytes_of_vector(store: str, width: int) -> int:
 def damaged(path: Path, reason: str) -> UserError:
     """Return the mistake that a file of an index is damaged."""
     return UserError(f"{path}: damaged ({reason}); {ADVICE}")
+
+
+def taken_column(name: str, *, index: str, own: str) -> UserError:
+    """Return the mistake that clusters would replace a column of an index, its `own`."""
+    problem = f"{index} has a column {own!r}, which cluster did not make"
+    return UserError(f"--column {name}: {problem}; give another --column")
 
 
 def entries_of(manifest: Manifest) -> dict[str, FileEntry]:

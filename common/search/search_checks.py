@@ -27,6 +27,7 @@ from common.search.manifest import (
     parse_target,
     read_manifest,
     store_of,
+    taken_column,
 )
 from common.search.search_flags import kept_of, overlap_of
 from common.search.words import AUTO, LANGUAGES
@@ -132,12 +133,14 @@ def check_cluster(args: argparse.Namespace) -> None:
         raise UserError(f"--column {args.column}: names like this are our own; choose another")
     if args.stop_words and args.stop_words not in LANGUAGES:
         sources.check_text_file(args.stop_words)
-    if args.column:
-        kind = read_manifest(Path(args.index))["columns"].get(args.column, "null")
-        if kind not in ("null", "int64"):
-            problem = f"the index has one of {kind} already"
-            raise UserError(f"--column {args.column}: {problem}; choose another name")
     check_source(args)
+    if args.column:
+        manifest = read_manifest(Path(args.index))
+        for name, kind in manifest["columns"].items():
+            # an older index does not know: builder.check_clusters looks at its rows
+            is_made = name == args.column and kind == "int64" and name in manifest.get("clusters", [name])
+            if name.lower() == args.column.lower() and not is_made:  # SQL ignores case
+                raise taken_column(args.column, index=args.index, own=name)
 
 
 def check_evaluate(args: argparse.Namespace) -> None:

@@ -259,19 +259,18 @@ class Segment:
         named.
         """
         names = [*ROW_COLUMNS, *self.columns] if columns is None else columns
-        table = self._table.select([name for name in names if name in self._table.column_names])
-        for name, column in zip(table.column_names, table.columns):
-            self._check_column(name, column.chunk(0), numbers)
-        if numbers is not None:
-            table = table.take(number_array(numbers))
-        for place, name in enumerate(names):
+        taken = None if numbers is None else number_array(numbers)
+        arrays = []
+        for name in names:
             kind = self.columns.get(name)
-            if place == table.num_columns or table.column_names[place] != name:  # the file lacks it
-                count = len(self) if numbers is None else len(numbers)
-                table = table.add_column(place, name, pa.nulls(count, kind))
-            elif kind is not None and table.field(place).type != kind:
-                table = table.set_column(place, name, table.column(place).cast(kind, safe=False))
-        return table
+            if name not in self._table.column_names:
+                arrays.append(pa.nulls(len(self) if taken is None else len(taken), kind))
+                continue
+            column = self._table.column(name)
+            self._check_column(name, column.chunk(0), numbers)
+            column = column if taken is None else column.take(taken)
+            arrays.append(column if kind in (None, column.type) else column.cast(kind, safe=False))
+        return pa.Table.from_arrays(arrays, names)
 
     def _check_column(self, name: str, column: pa.Array, rows: np.ndarray | None) -> None:
         """Check a column; of texts only those of some rows, if they are given."""

@@ -4,6 +4,7 @@ against groups that are known, and brute force.
 
 import csv
 import io
+import json
 import warnings
 
 import numpy as np
@@ -12,6 +13,7 @@ from sklearn.cluster import HDBSCAN
 from sklearn.metrics import silhouette_score
 
 from common import figures
+from common.files import seal
 from common.search import mining
 from common.search.index import open_snapshot
 from common.search.segments import ID
@@ -146,6 +148,50 @@ def test_a_column_of_clusters_makes_no_row_of_the_source_a_changed_one(ok, sente
     assert {row.pop("topic") for row in after} == {1, 2, 3} and after == before
     assert ok("index", sentences, *index, "--json")["counts"]["unchanged"] == 60
     assert {row[ID] for row in snapshot.take(range(60))} == {f"s{number}" for number in range(60)}
+
+
+def test_clusters_replace_no_column_of_the_texts(ok, embed, sentences, tmp_path):
+    index = ("--index", tmp_path / "ix")
+    clusters = ("cluster", *index, "--num-clusters", 3, "--column")
+
+    def refused(*command, says: str) -> None:
+        code, _, error = embed(*command)
+        assert code == 2 and error.count("\n") == 1 and says in error, error
+
+    ok("index", sentences, *index, "--id-column", "id")
+    for name in ("n", "N"):  # SQL ignores case
+        refused(*clusters, name, says=f"--column {name}: {tmp_path / 'ix'} has a column 'n'")
+    assert [row["n"] for row in open_snapshot(tmp_path / "ix").take(range(60))] == list(range(60))
+    ok(*clusters, "topic")
+    ok("delete", *index, "s3")
+    ok("compact", *index)
+    assert ok("sync", sentences, *index, "--json")["counts"]["unchanged"] == 59
+    ok(*clusters, "topic")  # its own it replaces
+    refused(*clusters, "n", says="another --column")
+    # the texts come with such a column themselves
+    header, *rows = sentences.read_text().splitlines()
+    own = write_lines(tmp_path / "own.csv", [f"{header},topic", *(f"{row},7" for row in rows)])
+    refused("sync", own, *index, says="column 'topic'")
+    ok("delete", *index, "--where", "n >= 0")
+    ok("compact", *index)
+    ok("sync", own, *index)
+    refused(*clusters, "topic", says="another --column")
+
+
+def test_an_older_index_tells_its_clusters_from_its_texts(ok, embed, sentences, tmp_path):
+    """Its manifest does not name them; the hashes of its rows do not hold them."""
+    index = ("--index", tmp_path / "ix")
+    clusters = ("cluster", *index, "--num-clusters", 3, "--column")
+    ok("index", sentences, *index, "--id-column", "id")
+    ok(*clusters, "topic")
+    path = tmp_path / "ix" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest.pop("clusters") == ["topic"]
+    path.write_text(json.dumps({**manifest, "sha256": seal({**manifest, "sha256": None})}))
+    code, _, error = embed(*clusters, "n")
+    assert code == 2 and "--column n:" in error, error
+    ok(*clusters, "topic")
+    assert json.loads(path.read_text())["clusters"] == ["topic"]
 
 
 def test_clusters_can_be_told_apart():

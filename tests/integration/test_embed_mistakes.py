@@ -344,7 +344,7 @@ FLAGS = {
     ),
     "clusters in a column of texts": (
         ["cluster", "--index", "HOME/ix", "--num-clusters", "2", "--column", "label"],
-        ("--column label", "string", "another name"),
+        ("--column label", "HOME/ix", "'label'", "another --column"),
     ),
     "clusters in a column of our own": (
         ["cluster", "--index", "HOME/ix", "--num-clusters", "2", "--column", "_index_id"],

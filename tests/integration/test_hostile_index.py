@@ -183,7 +183,7 @@ def test_every_value_of_a_manifest_may_be_of_another_kind(folder):
                     assert "\n" not in str(error)
     harmless = {"model", "fingerprint", "pooling", "id_column", "chunk_overlap", "deleted"}
     harmless |= {"query_prompt", "store"}  # None: the model's own, and fp32
-    harmless |= {"segments"}  # none: an empty index
+    harmless |= {"segments", "clusters"}  # none: an empty index, no columns of clusters
     assert {path[-1] for path, _ in outcomes if isinstance(path[-1], str)} <= harmless, outcomes
 
 
