@@ -101,6 +101,14 @@ class Counts:
         """The number of texts that were written."""
         return self.added + self.updated
 
+    def add(self, plan: "Plan", written: np.ndarray) -> None:
+        """Count a block of which some rows (n) were `written`; the others that should be are bad."""
+        self.added += int(plan.new[written].sum())
+        self.updated += int(plan.changed[written].sum())
+        self.unchanged += int(plan.unchanged.sum())
+        self.repeated += int(plan.repeated.sum())
+        self.bad += len(plan.to_write) - len(written)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -110,11 +118,56 @@ class Plan:
 
     ids: list[str]
     hashes: list[bytes]  # of the text (16 bytes) and of the metadata (16 bytes)
-    first_rows: np.ndarray  # the first row of the document in the index, -1 for none
     new: np.ndarray  # the index has no document with this id
     changed: np.ndarray  # it has one with another hash
     unchanged: np.ndarray  # it has one with this hash
     repeated: np.ndarray  # the id occurred before, in this run; none of the others
+
+    @property
+    def to_write(self) -> np.ndarray:
+        """The numbers of the rows that are new or changed."""
+        return np.flatnonzero(self.new | self.changed)
+
+
+def make_plan(
+    ids: list[str], hashes: list[bytes], *, known: np.ndarray, same: np.ndarray, seen: RowTable
+) -> Plan:
+    """Return the plan of a block: which of its rows (n) are `known` to the index by their ids, and
+    which of these have the `same` hash there; to the ids `seen` before theirs are added.
+    """
+    repeated = repeated_rows(ids, seen)
+    return Plan(
+        ids,
+        hashes,
+        new=~known & ~repeated,
+        changed=known & ~same & ~repeated,
+        unchanged=same & ~repeated,
+        repeated=repeated,
+    )
+
+
+def repeated_rows(ids: list[str], seen: RowTable) -> np.ndarray:
+    """Return a mask of the ids that occur above or were `seen` before; all of them are added there."""
+    keys, firsts = [digest(key) for key in ids], dict[bytes, int]()
+    for row, key in enumerate(keys):
+        firsts.setdefault(key, row)
+    repeated_here = np.array([firsts[key] != row for row, key in enumerate(keys)], bool)
+    repeated = (seen.find(keys) >= 0) | repeated_here
+    seen.add(keys, range(len(keys)))  # only the keys are asked for
+    return repeated
+
+
+def check_unchanged(
+    collection: Collection, plan_of: Callable[[pa.Table, RowTable], Plan], *, block: int
+) -> None:
+    """Raise UserError, before anything is written, when a row of a collection has changed."""
+    seen = RowTable()
+    for numbers, table in collection.blocks(block):
+        plan = plan_of(table, seen)
+        for row in np.flatnonzero(plan.changed)[:1]:
+            location = collection.location(numbers[row])
+            problem = f"the index has id {plan.ids[row]!r} with another text or other columns"
+            raise UserError(f"{location}: {problem}; give --update to replace it")
 
 
 class Builder:
@@ -167,23 +220,15 @@ class Builder:
                 problem = f"column {name!r} is {here}, in the index it is {there}"
                 advice = "make the columns equal, or use another --index"
                 raise UserError(f"{collection.name}: {problem}; {advice}")
-        if self.update:
-            return
-        seen = RowTable()
-        for numbers, table in collection.blocks(SCAN):
-            plan = self._plan(table, seen)
-            if plan.changed.any():
-                row = np.flatnonzero(plan.changed)[0]
-                location = collection.location(numbers[row])
-                problem = f"the index has id {plan.ids[row]!r} with another text or other columns"
-                raise UserError(f"{location}: {problem}; give --update to replace it")
+        if not self.update:
+            check_unchanged(collection, self._plan, block=SCAN)
 
     def add(self, numbers: np.ndarray, table: pa.Table, collection: Collection) -> None:
         """Encode what is new in a block of the collection, whose rows have these numbers, and
         commit it; changed documents are replaced in the same commit.
         """
         plan = self._plan(table, self.seen)
-        chosen = np.flatnonzero(plan.new | plan.changed)  # rows of `table`
+        chosen = plan.to_write  # rows of `table`
         chosen_texts = table[TEXT].take(number_array(chosen)).to_pylist()
         if self.chunk_overlap is None:
             chunks = [[Chunk(0, text)] for text in chosen_texts]
@@ -207,7 +252,8 @@ class Builder:
         vectors = vectors[np.isin(owners, kept)]
         if len(chosen):
             self._commit(table, plan, chosen, chunks, vectors)
-        self._count(plan, chosen)
+        self.counts.add(plan, chosen)
+        self.counts.encoded, self.counts.cut = self.encoder.num_encoded, self.encoder.num_cut
 
     def remove_unseen(self) -> None:
         """Delete the documents that this run has not met, in one commit."""
@@ -239,27 +285,16 @@ class Builder:
         table = self._fitted(table)
         hashes = hashes_of(table)
         ids = ids_of(table, self.id_column)
-        keys = [digest(key) for key in ids]
-        first_rows = self.documents.find(keys)
-        indexed = np.flatnonzero(first_rows >= 0)
-        entries = self.store.snapshot.take(first_rows[indexed], [HASH])
-        same = np.zeros(len(ids), bool)
-        same[indexed] = [entry[HASH] == hashes[row] for entry, row in zip(entries, indexed)]
-        firsts: dict[bytes, int] = {}  # key -> its first row in this block
-        for row, key in enumerate(keys):
-            firsts.setdefault(key, row)
-        repeated_here = np.array([firsts[key] != row for row, key in enumerate(keys)])
-        repeated = (seen.find(keys) >= 0) | repeated_here
-        seen.add(keys, range(len(keys)))  # only the keys are asked for
-        return Plan(
-            ids,
-            hashes,
-            first_rows,
-            new=(first_rows < 0) & ~repeated,
-            changed=(first_rows >= 0) & ~same & ~repeated,
-            unchanged=same & ~repeated,
-            repeated=repeated,
-        )
+        first_rows = self._first_rows(ids)
+        known = first_rows >= 0
+        entries = self.store.snapshot.take(first_rows[known], [HASH])
+        same = known.copy()
+        same[known] = [entry[HASH] == hashes[row] for entry, row in zip(entries, np.flatnonzero(known))]
+        return make_plan(ids, hashes, known=known, same=same, seen=seen)
+
+    def _first_rows(self, ids: list[str]) -> np.ndarray:
+        """Return the first row in the index of each document, -1 for one that it does not have."""
+        return self.documents.find([digest(key) for key in ids])
 
     def _commit(
         self, table: pa.Table, plan: Plan, chosen: np.ndarray, chunks: list[list[Chunk]], vectors: np.ndarray
@@ -282,7 +317,7 @@ class Builder:
         metadata = self._fitted(table).drop_columns([TEXT]).take(number_array(origins))
         columns |= {name: metadata[name] for name in metadata.column_names}
         columns[VECTOR] = vector_array(pack(vectors, store_of(self.store.snapshot.settings)))
-        replaced = plan.first_rows[chosen][plan.changed[chosen]]
+        replaced = self._first_rows([plan.ids[row] for row in chosen[plan.changed[chosen]]])
         first_row = self.store.snapshot.num_rows
         self.store.commit(pa.table(columns), whole_documents(self.store.snapshot, replaced))
         new_rows = first_row + np.arange(len(flat))
@@ -301,17 +336,6 @@ class Builder:
             new_texts = [texts[number] for number in new]
             vectors[new] = self.encoder.encode_normalized(new_texts, role=self.role)
         return vectors
-
-    def _count(self, plan: Plan, chosen: np.ndarray) -> None:
-        """Count a block of which the `chosen` rows were committed."""
-        counts = self.counts
-        counts.added += int(plan.new[chosen].sum())
-        counts.updated += int(plan.changed[chosen].sum())
-        counts.unchanged += int(plan.unchanged.sum())
-        counts.repeated += int(plan.repeated.sum())
-        to_write = int((plan.new | plan.changed).sum())
-        counts.bad += to_write - len(chosen)  # those without a usable embedding
-        counts.encoded, counts.cut = self.encoder.num_encoded, self.encoder.num_cut
 
 
 def read_vectors(

@@ -29,7 +29,15 @@ from tqdm import tqdm
 from common import cli
 from common.errors import Interrupted, UserError, one_line
 from common.search import display, search_flags
-from common.search.builder import Counts, hashes_of, settings_of
+from common.search.builder import (
+    Counts,
+    Plan,
+    check_unchanged,
+    hashes_of,
+    make_plan,
+    repeated_rows,
+    settings_of,
+)
 from common.search.display import say_notes
 from common.search.encoder import (
     Chunk,
@@ -54,7 +62,7 @@ from common.search.screen import Screen
 from common.search.search_checks import check_known
 from common.search.searcher import HitRange, Searcher
 from common.search.segments import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR
-from common.search.texts import Collection, digest, ids_of
+from common.search.texts import Collection, RowTable, digest, ids_of
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
@@ -288,6 +296,7 @@ class Writer:
     rank: int = 0
     world_size: int = 1
     counts: Counts = field(default_factory=Counts)
+    seen: RowTable = field(default_factory=RowTable)  # the ids of this run
 
     def check(self, collection: Collection, block: int) -> None:
         """Raise UserError, before anything is written, when the texts have a column that the
@@ -299,15 +308,8 @@ class Writer:
                 problem = f"column {name!r} is {kind}, in the collection it is {there or 'missing'}"
                 advice = "make the columns equal, or name another collection"
                 raise UserError(f"{collection.name}: {problem}; {advice}")
-        if self.update:
-            return
-        for numbers, table in collection.blocks(block):
-            plan = self._plan(table)
-            for row in np.flatnonzero(plan.changed)[:1]:
-                problem = f"the index has id {plan.ids[row]!r} with another text or other columns"
-                raise UserError(
-                    f"{collection.location(numbers[row])}: {problem}; give --update to replace it"
-                )
+        if not self.update:
+            check_unchanged(collection, self._plan, block=block)
 
     def fill(self, collection: Collection, *, block: int) -> None:
         """Write the share of this process, `block` texts at a time."""
@@ -317,26 +319,24 @@ class Writer:
             for number, (numbers, table) in enumerate(collection.blocks(block)):
                 if number % self.world_size == self.rank:
                     self._add(numbers, table, collection)
+                else:  # another process writes them, and none of them again
+                    repeated_rows(ids_of(table, self.store.settings["id_column"]), self.seen)
                 bar.update(len(table))
 
-    def _plan(self, table: pa.Table) -> MilvusPlan:
-        """Compare a block's rows with those that the collection has."""
-        ids = ids_of(table, self.store.settings["id_column"])
-        hashes = [value.hex() for value in hashes_of(table)]
-        stored = self.store.stored([key_of(key, 0) for key in ids], [HASH, NUM_CHUNKS])
-        known = [stored.get(key_of(key, 0)) for key in ids]
-        is_other = [bool(row) and row[HASH] != own for row, own in zip(known, hashes)]
-        return MilvusPlan(
-            ids,
-            hashes,
-            sizes=[row[NUM_CHUNKS] if row else 0 for row in known],
-            new=np.array([row is None for row in known], bool),
-            changed=np.array(is_other, bool),
-        )
+    def _plan(self, table: pa.Table, seen: RowTable) -> Plan:
+        """Compare a block's rows with those that the collection has, and with the ids `seen` before,
+        to which they are added.
+        """
+        ids, hashes = ids_of(table, self.store.settings["id_column"]), hashes_of(table)
+        there = self.store.stored([key_of(key, 0) for key in ids], [HASH])
+        rows = [there.get(key_of(key, 0)) for key in ids]
+        known = np.array([row is not None for row in rows], bool)
+        same = np.array([row is not None and row[HASH] == own.hex() for row, own in zip(rows, hashes)], bool)
+        return make_plan(ids, hashes, known=known, same=same, seen=seen)
 
     def _add(self, numbers: np.ndarray, table: pa.Table, collection: Collection) -> None:
-        plan = self._plan(table)
-        chosen = np.flatnonzero(plan.new | plan.changed)
+        plan = self._plan(table, self.seen)
+        chosen = plan.to_write
         texts = [table[TEXT][int(row)].as_py() for row in chosen]
         overlap = self.store.settings["chunk_overlap"]
         chunks = [[Chunk(0, text)] for text in texts]
@@ -348,28 +348,27 @@ class Writer:
         rows: list[dict[str, Any]] = []
         surplus: list[str] = []
         metadata = table.drop_columns([TEXT]).to_pylist()
-        written: set[str] = set()
+        replaced = [key_of(plan.ids[row], 0) for row in np.flatnonzero(plan.changed)]
+        there = self.store.stored(replaced, [NUM_CHUNKS])
+        written: list[int] = []
         for row, parts, end in zip(chosen, chunks, ends):
             own = vectors[end - len(parts) : end]
             reason = self._reason(parts, own, plan.ids[row])
             if reason and not self.skip_bad:
                 location = collection.location(numbers[row])
                 raise UserError(f"{location}: {reason}; remove the row, or skip it with --skip-bad")
-            if reason or plan.ids[row] in written:
-                self.counts.bad += bool(reason)
-                self.counts.repeated += not reason
+            if reason:
                 continue
-            written.add(plan.ids[row])
-            shared = {ID: plan.ids[row], HASH: plan.hashes[row], NUM_CHUNKS: len(parts)}
+            written.append(row)
+            shared = {ID: plan.ids[row], HASH: plan.hashes[row].hex(), NUM_CHUNKS: len(parts)}
             shared |= metadata[row]
             for number, (chunk, vector) in enumerate(zip(parts, own)):
                 place = {KEY: key_of(plan.ids[row], number), CHUNK: number, START: chunk.start}
                 rows.append({**shared, **place, TEXT: chunk.text, VECTOR: vector.tolist()})
-            surplus += [key_of(plan.ids[row], n) for n in range(len(parts), plan.sizes[row])]
-            self.counts.added += int(plan.new[row])
-            self.counts.updated += int(plan.changed[row])
+            size = there[key_of(plan.ids[row], 0)][NUM_CHUNKS] if plan.changed[row] else 0
+            surplus += [key_of(plan.ids[row], number) for number in range(len(parts), size)]
         self._write(rows, surplus)
-        self.counts.unchanged += len(table) - len(chosen)
+        self.counts.add(plan, np.array(written, np.int64))
         self.counts.encoded, self.counts.cut = self.encoder.num_encoded, self.encoder.num_cut
 
     def _reason(self, parts: list[Chunk], vectors: np.ndarray, document: str) -> str | None:
@@ -395,17 +394,6 @@ class Writer:
             if not first:
                 for start in range(0, len(surplus), ASKED):
                     self.store.client.delete(name, ids=surplus[start : start + ASKED])
-
-
-@dataclass(frozen=True)
-class MilvusPlan:
-    """What to do with each row of a block; `sizes` are the chunks that each document has there."""
-
-    ids: list[str]
-    hashes: list[str]
-    sizes: list[int]
-    new: np.ndarray
-    changed: np.ndarray
 
 
 def settings_there(target: Target) -> Settings | None:

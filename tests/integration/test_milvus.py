@@ -15,10 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.errors import UserError
-from conftest import ROOT, make_sentences, quick, write_lines
+from common.search import texts
+from common.search.builder import settings_of
+from common.search.manifest import parse_target
+from conftest import ROOT, StubEncoder, make_sentences, quick, write_lines
 
 pytest.importorskip("pymilvus", reason="Milvus' client is not installed: pip install pymilvus milvus-lite")
 pytest.importorskip("milvus_lite", reason="Milvus Lite is not installed: pip install milvus-lite")
+from common.search import milvus
 from common.search.milvus import translate
 
 COLUMNS = {"label": "VARCHAR", "n": "INT64", "part": "DOUBLE", "odd": "BOOL"}
@@ -181,6 +185,42 @@ def test_a_collection_over_its_life(ok, embed, tmp_path):
     task += ("--qrels", write_lines(tmp_path / "qrels.txt", [f"q{n} 0 s{n} 1" for n in range(6)]))
     scores = [ok("evaluate", "--index", name, *task, "--json")["scores"] for name in (ix, folder)]
     assert scores[0]["exact"] == scores[1]["exact"] and set(scores[0]) == {"exact", "hybrid"}
+
+
+def test_equal_texts_of_one_source_are_one_row(ok, tmp_path):
+    """Without ids a text has the id of its equal; of both the first counts, in each run."""
+    rows = ["text,label", "good,1", "bad,2", "good,3", "fine,4", "good,5"]
+    source = write_lines(tmp_path / "rows.csv", rows)
+    for name in (f"milvus:{tmp_path}/x.db/docs", str(tmp_path / "ix")):
+        for block in (2, 9):
+            for flags in ((), ("--update",)):
+                index = ("index", source, "--index", name, "--block", block, *flags)
+                counts = ok(*index, "--json")["counts"]
+                assert (counts["repeated"], counts["updated"], counts["bad"]) == (2, 0, 0)
+        assert counts["unchanged"] == 3
+        found = ok("list", "--index", name, "--json")["texts"]
+        assert sorted((text["text"], text["columns"]["label"]) for text in found) == [
+            ("bad", 2),
+            ("fine", 4),
+            ("good", 1),
+        ]
+
+
+def test_processes_that_share_the_blocks_write_equal_texts_once(tmp_path):
+    """A text whose equal lies in the block of another process."""
+    rows = write_lines(tmp_path / "rows.csv", ["text,label", *(f"text {n % 5},{n}" for n in range(12))])
+    collection, encoder = texts.read(str(rows), text_column="text"), StubEncoder()
+    target = parse_target(f"milvus:{tmp_path}/x.db/docs")
+    with milvus.connected(target) as client:
+        settings = settings_of(encoder, id_column=None, chunk_overlap=None)
+        milvus.make_collection(client, target, settings, milvus.columns_of(collection))
+        store = milvus.existing_collection(client, target)
+        writers = [milvus.Writer(store, encoder, rank=rank, world_size=2) for rank in range(2)]
+        for writer in writers:
+            writer.fill(collection, block=3)
+        assert [writer.counts.added for writer in writers] == [3, 2]
+        assert [writer.counts.repeated for writer in writers] == [3, 4]
+        assert sorted(row["label"] for row in store.query("", ["label"], limit=99)) == [0, 1, 2, 3, 4]
 
 
 def test_chunks_of_long_texts(ok, tmp_path):
