@@ -41,7 +41,6 @@ from common.search.segments import (
     ID,
     NUM_CHUNKS,
     ROW_COLUMNS,
-    START,
     TEXT,
     VECTOR,
     CheckedFile,
@@ -50,12 +49,12 @@ from common.search.segments import (
     check_table,
     column_types,
     deleted_rows,
+    exported_names,
     map_file,
     new_file,
     number_array,
     pack,
     read_arrow,
-    unused_name,
     vector_array,
     with_columns_of,
     write_arrow,
@@ -137,19 +136,14 @@ class Snapshot:
 
     def parts(self, rows: np.ndarray) -> Iterator[tuple[pa.Table, np.ndarray]]:
         """Yield some rows (ascending), few at a time, under names for other programs,
-        and their vectors (rows, width): `id` where no column of the texts holds the ids, `text`,
-        with chunks the number of each in its document, and the columns of the texts.
+        and their vectors (rows, width).
         """
-        columns = list(self.manifest["columns"])
-        own = {TEXT: "text"} if self.settings["id_column"] else {ID: "id", TEXT: "text"}
-        if self.settings["chunk_overlap"] is not None:
-            own |= {CHUNK: "chunk", NUM_CHUNKS: "chunks", START: "first_character"}
-        names = [*(unused_name(name, columns) for name in own.values()), *columns]
+        names = exported_names(self.settings, list(self.manifest["columns"]))
         for start in range(0, len(rows), ROWS_AT_ONCE):
             here = rows[start : start + ROWS_AT_ONCE]
             here_by_segment = self.by_segment(here)
-            tables = [part.rows([*own, *columns], offsets) for part, _, offsets in here_by_segment]
-            yield pa.concat_tables(tables).rename_columns(names), self.vectors_of(here)
+            tables = [part.rows([*names], offsets) for part, _, offsets in here_by_segment]
+            yield pa.concat_tables(tables).rename_columns([*names.values()]), self.vectors_of(here)
 
     def texts(self, rows: np.ndarray | None = None) -> Iterator[str]:
         """Yield the texts of some rows (default: the live ones), reading few at a time."""

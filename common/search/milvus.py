@@ -61,7 +61,7 @@ from common.search.ranker import FUSED, RRF_K
 from common.search.screen import Screen
 from common.search.search_checks import check_known
 from common.search.searcher import HitRange, Searcher
-from common.search.segments import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR
+from common.search.segments import CHUNK, HASH, ID, NUM_CHUNKS, START, TEXT, VECTOR, exported_names
 from common.search.texts import Collection, RowTable, digest, ids_of
 
 if TYPE_CHECKING:
@@ -161,21 +161,17 @@ class MilvusCollection:
 
     def parts(self, condition: str) -> Iterator[tuple[pa.Table, np.ndarray]]:
         """Yield all rows where a condition holds and their vectors, as an index exports them."""
-        own = {TEXT: "text"} if self.settings["id_column"] else {ID: "id", TEXT: "text"}
-        if self.settings["chunk_overlap"] is not None:
-            own |= {CHUNK: "chunk", NUM_CHUNKS: "chunks", START: "first_character"}
-        fields = [*own, *self.columns]
+        names = exported_names(self.settings, list(self.columns))
         types = {
             TEXT: pa.large_string(),
             ID: pa.string(),
             **dict.fromkeys((CHUNK, NUM_CHUNKS, START), pa.int32()),
         }
         types |= {name: ARROW_TYPES[kind] for name, kind in self.columns.items()}
-        for batch in _all_rows(self, condition, [*fields, VECTOR]):
-            arrays = [pa.array([row.get(name) for row in batch], types[name]) for name in fields]
-            names = [own.get(name, name) for name in fields]
+        for batch in _all_rows(self, condition, [*names, VECTOR]):
+            arrays = [pa.array([row.get(name) for row in batch], types[name]) for name in names]
             vectors = np.array([row[VECTOR] for row in batch], np.float32)
-            yield pa.Table.from_arrays(arrays, names), vectors
+            yield pa.Table.from_arrays(arrays, [*names.values()]), vectors
 
 
 # Opening and making a collection ------------------------------------------------------------------

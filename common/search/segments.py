@@ -445,6 +445,18 @@ def unused_name(wanted: str, taken: list[str]) -> str:
     return wanted
 
 
+def exported_names(settings: Settings, columns: list[str]) -> dict[str, str]:
+    """Return the columns that are exported for other programs, each with its name there: `id` where
+    no column of the texts holds the ids, `text`, with chunks the number of each in its document, and
+    the `columns` of the texts, which keep their names.
+    """
+    own = {TEXT: "text"} if settings["id_column"] else {ID: "id", TEXT: "text"}
+    if settings["chunk_overlap"] is not None:
+        own |= {CHUNK: "chunk", NUM_CHUNKS: "chunks", START: "first_character"}
+    names = {name: unused_name(wanted, columns) for name, wanted in own.items()}
+    return names | {name: name for name in columns}
+
+
 def with_columns_of(schema: pa.Schema, columns: ColumnTypes) -> ColumnTypes:
     """Return the columns of an index after rows of a schema were added: wider where they need to
     be. Each column must have a type that holds both.

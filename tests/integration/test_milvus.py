@@ -223,6 +223,20 @@ def test_processes_that_share_the_blocks_write_equal_texts_once(tmp_path):
         assert sorted(row["label"] for row in store.query("", ["label"], limit=99)) == [0, 1, 2, 3, 4]
 
 
+def test_an_export_names_no_column_twice(ok, tmp_path):
+    """The texts have columns of the names that an export gives to what is its own."""
+    rows = write_lines(tmp_path / "rows.csv", ["body,text,id", "good film,a,1", "bad film,b,2"])
+    names = []
+    for number, name in enumerate((f"milvus:{tmp_path}/x.db/docs", str(tmp_path / "ix"))):
+        ok("index", rows, "--index", name, "--text-column", "body")
+        ok("export", "--index", name, "--to", tmp_path / f"{number}.parquet")
+        table = pq.read_table(tmp_path / f"{number}.parquet").sort_by("text_")
+        assert table["text_"].to_pylist() == ["bad film", "good film"]
+        assert table["text"].to_pylist() == ["b", "a"]
+        names.append(table.column_names)
+    assert names[0] == names[1] == ["id_", "text_", "text", "id", "vector"]
+
+
 def test_chunks_of_long_texts(ok, tmp_path):
     """A shorter document loses the chunks that it no longer has."""
     ix = f"milvus:{tmp_path}/x.db/docs"
