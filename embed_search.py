@@ -46,6 +46,7 @@ from common.search.search_flags import (
     read_source,
     read_task,
     read_texts,
+    reading_options,
     start,
     task_fingerprint,
 )
@@ -562,7 +563,8 @@ def evaluate(args: argparse.Namespace, screen: Screen) -> None:
     runtime = start(args)
     if args.sts:
         encoder = load_encoder(encoder_config(args), runtime)
-        scores = relevance.sts_score(encoder, args.sts, args.sts_columns, block=args.block)
+        options = {"options": reading_options(args), "block": args.block}
+        scores = relevance.sts_score(encoder, args.sts, args.sts_columns, **options)
         display.show_sts(screen, args.sts, scores)
         return
     task, source = read_task(args)
@@ -637,10 +639,10 @@ def score_model(
 
     own = (encoder.name, fingerprint, encoder.width)
     if given is None:
-        columns = args.sts_columns
-        cosines, human = relevance.sts_cosines(encoder, args.sts, columns, block=args.block)
-        pairs = [str(row) for row in range(1, len(human) + 1)]
-        return ModelScores(*own, None, pairs, {COSINE: cosines, HUMAN: human})
+        options = {"options": reading_options(args), "block": args.block}
+        cosines, human = relevance.sts_cosines(encoder, args.sts, args.sts_columns, **options)
+        rows = [str(row) for row in range(1, len(human) + 1)]
+        return ModelScores(*own, None, rows, {COSINE: cosines, HUMAN: human})
     task, source = given
     assert not isinstance(source, str)  # compare-models has no --index
     with tempfile.TemporaryDirectory() as folder:
@@ -707,6 +709,7 @@ def make_parser() -> cli.Parser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--json", action="store_true", help="print JSON instead of tables")
         command.set_defaults(index=None, rerank=None)  # for commands that lack these flags
+        command.set_defaults(default_of=command.get_default)  # tells what a flag is where it is not given
         add_flags(command)
     return parser
 
@@ -721,6 +724,7 @@ def complete_and_check(args: argparse.Namespace) -> None:
         COMMANDS[args.command].check(args)
     if args.rerank:
         checks.check_model(args.rerank, flag="--rerank")
+    checks.check_unused(args)
     checks.check_processes(args)
 
 

@@ -261,24 +261,27 @@ def check_documents(
         )
 
 
-def sts_score(encoder: Encoder, file: str, columns: list[str], *, block: int) -> dict[str, int | float]:
+def sts_score(
+    encoder: Encoder, file: str, columns: list[str], *, options: sources.FileOptions, block: int
+) -> dict[str, int | float]:
     """Return Spearman's correlation of the cosine of two texts with a human score; `columns` names
     both texts and the score in a data file.
     """
-    cosines, human = sts_cosines(encoder, file, columns, block=block)
+    cosines, human = sts_cosines(encoder, file, columns, options=options, block=block)
     return {"pairs": len(human), "spearman": _spearman(cosines, human)}
 
 
 def sts_cosines(
-    encoder: Encoder, file: str, columns: list[str], *, block: int
+    encoder: Encoder, file: str, columns: list[str], *, options: sources.FileOptions, block: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the cosine and the human score (N) of each pair of texts. Raises UserError where they
     have no correlation: equal numbers have no ranks.
     """
-    rows = reading.read_file(Path(file), as_text=columns[:2], cache_dir=encoder.cache_dir)
+    texts, folder = columns[:2], encoder.cache_dir
+    rows = reading.read_file(Path(file), as_text=texts, options=options, cache_dir=folder)
     for column in columns:
         require_column(rows.column_names, column, source=file, flag="--sts-columns")
-    for column in columns[:2]:
+    for column in texts:
         reading.check_texts(rows, column, source=file)
     try:
         human = np.array(rows[columns[2]][:], dtype=np.float64)
@@ -293,7 +296,7 @@ def sts_cosines(
     cosines = []
     for start in range(0, len(human), block):
         part = rows[start : start + block]
-        left, right = (encoder.encode_normalized(part[column]) for column in columns[:2])
+        left, right = (encoder.encode_normalized(part[column]) for column in texts)
         cosines.append(exact_scores(left, right))
     found = np.concatenate(cosines)
     for values, what in ((human, "human scores"), (found, "cosines")):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from common import bundled, cli, reading, sources
@@ -35,6 +36,11 @@ from common.search.words import AUTO, LANGUAGES
 # what the processes of torchrun do together, and what a collection in Milvus can do
 SHARED = ("index", "sync", "search", "pairs", "duplicates", "dedupe", "cluster", "evaluate")
 MILVUS_COMMANDS = ("index", "delete", "list", "search", "evaluate", "export")
+# what has no part in some cases: where no TEXTS are read, where sentence pairs are scored, in Milvus
+OF_TEXTS = ("id_column", "text_column", "columns", "delimiter", "quoting", "decimal")
+OF_DOCUMENTS = ("queries", "qrels", "texts", "index", "id_column", "text_column", "skip_bad", "query_prompt")
+OF_SEARCH = ("rerank", "rerank_depth", "at", "store", "language")
+NOT_OF_MILVUS = ("vectors", "store", "approximate", "language")
 
 
 # The flags of each command ------------------------------------------------------------------------
@@ -144,10 +150,6 @@ def check_cluster(args: argparse.Namespace) -> None:
 
 
 def check_evaluate(args: argparse.Namespace) -> None:
-    of_search = (args.queries, args.qrels, args.texts, args.index, args.rerank, args.at, args.per_query)
-    if args.sts and any(of_search):
-        others = "--queries, --qrels, --texts, --index, --rerank, --at and --per-query"
-        raise UserError(f"--sts {args.sts}: it is a task of its own; leave {others} out")
     check_task(args)
     if not args.index:
         check_model(args.model)
@@ -231,14 +233,22 @@ def check_model(name: str | None, *, flag: str = "--model") -> None:
 def check_task(args: argparse.Namespace) -> None:
     """Check the flags and files of what a search is scored on."""
     if args.sts:
+        others = [*OF_DOCUMENTS, *OF_SEARCH]
+        if args.command == "evaluate":  # compare-models keeps the scores of each pair there
+            others.append("per_query")
+        refuse(args, others, f"--sts {args.sts} is a task of its own, in which it has no part")
         if not Path(args.sts).is_file():
             raise UserError(f"--sts {args.sts}: no such file; check the path")
-        sources.check_data_file(Path(args.sts))
+        options = cli.file_options(args)
+        sources.check_data_file(Path(args.sts), any_suffix=options.is_table)
         if len(set(args.sts_columns)) < len(args.sts_columns):
             columns = " ".join(args.sts_columns)
             problem = "one of them twice"
             raise UserError(f"--sts-columns {columns}: {problem}; name two texts and a score")
+        wanted = dict.fromkeys(args.sts_columns, "--sts-columns")
+        reading.check_columns(args.sts, wanted, as_text=args.sts_columns[:2], options=options)
         return
+    refuse(args, ["sts_columns"], "it names the columns of --sts FILE, which is not there")
     documents = f"--texts {' '.join(args.texts)}" if args.texts else f"--index {args.index}"
     if bool(args.queries) != bool(args.qrels):
         raise UserError("--queries and --qrels: each needs the other")
@@ -252,7 +262,7 @@ def check_task(args: argparse.Namespace) -> None:
         sources.check_text_file(args.qrels)
     if args.texts:
         check_texts(args)
-    if args.index:
+    if args.index and not is_milvus(args):
         check_index(args, encodes=True)
 
 
@@ -285,6 +295,29 @@ def check_known(args: argparse.Namespace, unknown: list[str]) -> None:
         raise UserError(f"--index {args.index}: {problem}; correct it, or give --skip-bad")
 
 
+def refuse(args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
+    """Raise UserError for the first of some flags that is given, if the command has it: it would do
+    nothing, for a `reason`.
+    """
+    for name in names:
+        value = getattr(args, name, None)
+        if hasattr(args, name) and value != args.default_of(name):
+            flag = f"--{name.replace('_', '-')}"
+            values = value if isinstance(value, list | tuple) else [value]
+            shown = flag if value is True else " ".join([flag, *map(str, values)])
+            raise UserError(f"{shown}: {reason}; leave it out")
+
+
+def check_unused(args: argparse.Namespace) -> None:
+    """Raise UserError for a flag that needs another one, or texts, which are not given."""
+    if not args.rerank:
+        refuse(args, ["rerank_depth"], "it belongs to --rerank, which is not there")
+    if not getattr(args, "texts", None) and not getattr(args, "sts", None):
+        # dedupe calls the texts so that it writes
+        names = [name for name in OF_TEXTS if (args.command, name) != ("dedupe", "text_column")]
+        refuse(args, names, "it says how TEXTS are read, and there are none")
+
+
 # Where a command runs -----------------------------------------------------------------------------
 
 
@@ -302,11 +335,8 @@ def check_milvus(args: argparse.Namespace) -> None:
         raise UserError(f"--index {args.index}: {problem}; {advice}")
     if importlib.util.find_spec("pymilvus") is None:
         raise UserError(f"--index {args.index}: this needs Milvus' client; run: {MILVUS_INSTALL}")
-    refused = {"vectors": None, "store": None, "approximate": False, "language": AUTO}
-    for name, usual in refused.items():
-        if getattr(args, name, usual) not in (usual, []):
-            problem = "the engine keeps vectors, words and its indexes in its own way"
-            raise UserError(f"--{name}: Milvus does not take it, because {problem}; leave it out")
+    problem = "the engine keeps vectors, words and its indexes in its own way"
+    refuse(args, NOT_OF_MILVUS, f"Milvus does not take it, because {problem}")
     if args.command == "index":
         check_texts(args)
         check_model(args.model)
@@ -316,8 +346,8 @@ def check_milvus(args: argparse.Namespace) -> None:
         raise UserError("delete: name either ids or --where")
     elif args.command == "search":
         check_queries(args)
-    elif args.command == "evaluate" and not (args.queries and args.qrels):
-        raise UserError(f"--index {args.index}: say what to find with --queries and --qrels")
+    elif args.command == "evaluate":
+        check_task(args)
 
 
 def check_processes(args: argparse.Namespace) -> None:

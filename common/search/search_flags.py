@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from common.search.relevance import Task
     from common.search.searcher import Hit
     from common.search.texts import Collection
+    from common.sources import FileOptions
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 DEEPEST = 10_000  # rank at which a measure stops
@@ -587,6 +588,11 @@ def _query_of(line: bytes, location: str) -> str:
     return text
 
 
+def reading_options(args: argparse.Namespace) -> FileOptions:
+    """Return how the flags say that data files are written."""
+    return dataclasses.replace(cli.file_options(args), decimal=args.decimal)
+
+
 def read_texts(
     args: argparse.Namespace, id_column: str | None = None, *, as_text: Sequence[str] = ()
 ) -> Collection:
@@ -599,7 +605,7 @@ def read_texts(
         id_column=id_column,
         as_text=as_text,
         skip_bad=args.skip_bad,
-        options=dataclasses.replace(cli.file_options(args), decimal=args.decimal),
+        options=reading_options(args),
         cache_dir=args.cache_dir,
     )
 
@@ -625,4 +631,6 @@ def task_fingerprint(encoder: Encoder, args: argparse.Namespace) -> str:
     names = "id_column sts_columns text_column columns delimiter quoting encoding skip_bad query_prompt"
     settings = {name: getattr(args, name) for name in names.split()}
     settings["precision"] = encoder.runtime.precision
+    if args.decimal != ".":  # the usual one is not named: scores that were kept before stay known
+        settings["decimal"] = args.decimal
     return model_scores.fingerprint(encoder.identity(), files, settings)

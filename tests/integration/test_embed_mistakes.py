@@ -342,6 +342,47 @@ FLAGS = {
         ["cluster", "--index", "HOME/ix", "--num-clusters", "13"],
         ("--num-clusters 13", "12 texts"),
     ),
+    "a way to keep vectors, of sentence pairs": (
+        ["evaluate", "--sts", "HOME/good.csv", "--store", "int8"],
+        ("--store int8", "--sts HOME/good.csv", "leave it out"),
+    ),
+    "a language of sentence pairs": (
+        ["evaluate", "--sts", "HOME/good.csv", "--language", "de"],
+        ("--language de", "--sts HOME/good.csv", "leave it out"),
+    ),
+    "a depth of sentence pairs": (
+        ["evaluate", "--sts", "HOME/good.csv", "--rerank-depth", "5"],
+        ("--rerank-depth 5", "--sts HOME/good.csv", "leave it out"),
+    ),
+    "queries of sentence pairs": (
+        ["compare-models", "HOME/nope", "--sts", "HOME/good.csv", "--queries", "HOME/good.csv"],
+        ("--queries HOME/good.csv", "--sts HOME/good.csv", "leave it out"),
+    ),
+    "texts of sentence pairs": (
+        ["compare-models", "HOME/nope", "--sts", "HOME/good.csv", "--texts", "HOME/good.csv", "a.txt"],
+        ("--texts HOME/good.csv a.txt", "--sts HOME/good.csv", "leave it out"),
+    ),
+    "columns of no sentence pairs": (
+        ["evaluate", "--sts-columns", "a", "b", "c"],
+        ("--sts-columns a b c", "--sts FILE", "leave it out"),
+    ),
+    "a column that sentence pairs lack": (
+        ["evaluate", "--sts", "HOME/good.csv", "--sts-columns", "text", "label", "score"],
+        ("HOME/good.csv", "'score'", "--sts-columns"),
+    ),
+    "a depth of no reranker": (
+        ["search", "--index", "HOME/ix", "x", "--rerank-depth", "5"],
+        ("--rerank-depth 5", "--rerank", "leave it out"),
+    ),
+    "a column of texts of an index": (
+        ["pairs", "--index", "HOME/ix", "--text-column", "body"],
+        ("--text-column body", "TEXTS", "leave it out"),
+    ),
+    "columns of the texts of an index": (
+        ["evaluate", "--index", "HOME/ix", "--queries", "HOME/good.csv", "--qrels", "HOME/good.csv"]
+        + ["--columns", "id,text"],
+        ("--columns id text", "TEXTS", "leave it out"),
+    ),
     "clusters in a column of texts": (
         ["cluster", "--index", "HOME/ix", "--num-clusters", "2", "--column", "label"],
         ("--column label", "HOME/ix", "'label'", "another --column"),

@@ -578,6 +578,22 @@ def test_sts_is_spearmans_correlation(ok, tiny_embedder, tmp_path):
     )
 
 
+def test_sts_reads_its_file_as_the_flags_say(ok, tiny_embedder, tmp_path):
+    texts = [text for text, _ in make_sentences(24)]
+    rows = [(texts[n], texts[23 - n], n % 5 + n / 10) for n in range(9)]
+    with open(tmp_path / "usual.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("sentence1", "sentence2", "score"), *rows])
+    lines = [f"{one};{other};{score:.1f}".replace(".", ",") for one, other, score in rows]
+    (tmp_path / "other.csv").write_text("\n".join(["süß;übel;mäßig", *lines]), encoding="latin-1")
+    options = ("--encoding", "latin-1", "--delimiter", ";", "--decimal", ",", "--json")
+    columns = ("--sts-columns", "süß", "übel", "mäßig")
+    expected = ok("evaluate", "--sts", tmp_path / "usual.csv", "--json")
+    found = ok("evaluate", "--sts", tmp_path / "other.csv", *columns, *options)
+    assert found["spearman"] == pytest.approx(expected["spearman"], abs=1e-9) and found["pairs"] == 9
+    found = ok("compare-models", tiny_embedder, "--sts", tmp_path / "other.csv", *columns, *options)
+    assert found["models"][0]["spearman"] == pytest.approx(expected["spearman"], abs=1e-9)
+
+
 def test_compare_models_shows_quality_speed_and_size(ok, sentences, tiny_embedder, tiny_model, tmp_path):
     rows = list(csv.DictReader(io.StringIO(sentences.read_text())))[:6]
     write_lines(tmp_path / "q.jsonl", [json.dumps({"id": row["id"], "text": row["text"]}) for row in rows])
