@@ -720,10 +720,10 @@ def _open_export(
     else:
         import pyarrow.parquet as pq
 
-        from common.search.segments import vector_array
+        from common.search.segments import EXPORTED, vector_array
 
         name = unused_name("vector", schema.names)
-        field = pa.field(name, pa.list_(pa.float32(), size[1]))
+        field = pa.field(name, pa.list_(pa.float32(), size[1]), metadata=EXPORTED)
         with pq.ParquetWriter(path, schema.append(field)) as file:
             yield lambda table, vectors: file.write_table(table.append_column(field, vector_array(vectors)))
 

@@ -31,6 +31,7 @@ from common.search.manifest import (
 
 # our own columns, under names that no data set has: BEIR and Mongo have an _id, others a _vector
 ID, HASH, TEXT, VECTOR = "_index_id", "_index_hash", "_index_text", "_index_vector"
+EXPORTED = {b"embed_search": b"vector"}  # says of a column of Parquet that an export wrote it
 # a chunk's number in its document, the document's number of chunks, and the chunk's first character
 # in the document
 CHUNK, NUM_CHUNKS, START = "_index_chunk", "_index_chunks", "_index_start"

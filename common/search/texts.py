@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 from common import bundled, plain_files, reading, sources
 from common.columns import require_column
 from common.errors import UserError, note
-from common.search.segments import RESERVED_COLUMNS, TEXT, number_array, text_array
+from common.search.segments import EXPORTED, RESERVED_COLUMNS, TEXT, number_array, text_array
 
 if TYPE_CHECKING:
     import datasets
@@ -341,6 +341,7 @@ def _read_rows(source: TextSource, bad: BadRows) -> tuple[pa.Table, str]:
                 raise
             raise UserError(f"{fault}, or skip the row with --skip-bad") from None
         if not is_text:
+            rows = _without_exported_vectors(rows, file, name)
             _check_parquet(rows, name, bad)
         return rows, "row"
 
@@ -428,6 +429,20 @@ def _joined_texts(columns: list[pa.ChunkedArray]) -> pa.ChunkedArray:
     filled = [pc.if_else(is_blank, None, column) for is_blank, column in zip(blank, columns)]
     space = pa.scalar(" ", pa.large_string())
     return pc.binary_join_element_wise(*filled, space, null_handling="skip")
+
+
+def _without_exported_vectors(rows: pa.Table, file: BinaryIO, name: str) -> pa.Table:
+    """Return the rows of a Parquet file without the embeddings that an export wrote beside them, and
+    say so: the texts get embeddings of their own, or those of --vectors.
+    """
+    from pyarrow import parquet
+
+    file.seek(0)
+    marks = {field.name: field.metadata or {} for field in parquet.read_schema(file)}
+    own = [column for column, mark in marks.items() if mark.items() >= EXPORTED.items()]
+    for column in own:
+        note(f"{name}: its column {column!r}, the embeddings of an export, is left out")
+    return rows.drop_columns(own)
 
 
 def _check_parquet(rows: pa.Table, name: str, bad: BadRows) -> None:

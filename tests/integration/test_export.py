@@ -36,6 +36,14 @@ def test_every_format_holds_the_same_rows_in_the_same_order(ok, embed, sentences
     built = ok(*back, "--vectors", files["npy"], "--json")
     assert built["counts"]["encoded"] <= 8  # those that are compared
     assert rows_by_id(tmp_path / "back") == {key: known[key] for key in table["id"].to_pylist()}
+    code, _, stderr = embed(*back)  # the vectors beside the texts are none of their columns
+    assert code == 0 and "rows.parquet: its column 'vector'" in stderr
+    assert list(open_snapshot(tmp_path / "back").columns) == ["id", "label", "n"]
+    assert ok("index", files["parquet"], "--index", ix, "--json")["counts"]["unchanged"] == 39
+    # those of another program are
+    table.replace_schema_metadata().to_pandas().to_parquet(tmp_path / "other.parquet")
+    ok("index", tmp_path / "other.parquet", "--index", tmp_path / "other", "--id-column", "id")
+    assert "vector" in open_snapshot(tmp_path / "other").columns
     more = ("--where", "n < 40", "--top-k", 4, "--json")
     assert ok("search", "--index", tmp_path / "back", "good film", *more) != {}
     assert [hit["id"] for hit in hits["queries"][0]["hits"]] == [
