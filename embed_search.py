@@ -114,8 +114,7 @@ def open_rows(
     with open_source(source, args, runtime, screen, role=role) as (snapshot, encoder):
         name = None if isinstance(source, str) else source.name
         selection = select(snapshot, args.where, limits=limits_of(args), least=least, name=name)
-        ids = None if isinstance(source, str) else snapshot.settings["id_column"]
-        yield dataclasses.replace(shared(selection, runtime), generated_ids=ids), encoder
+        yield shared(selection, runtime), encoder
 
 
 def index_encoder(args: argparse.Namespace, runtime: Runtime, snapshot: Snapshot) -> Encoder:

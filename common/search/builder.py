@@ -28,13 +28,13 @@ from common.search.segments import (
     HASH,
     ID,
     NUM_CHUNKS,
+    ROW,
     START,
     TEXT,
     VECTOR,
     number_array,
     pack,
     text_array,
-    unused_name,
     vector_array,
     wider,
 )
@@ -452,9 +452,9 @@ def build_temporary(
     check_same_texts(collection, encoder.runtime)
     id_column = collection.id_column
     if id_column is None:
-        id_column = unused_name("_number", collection.rows.column_names)
+        id_column = ROW
         numbers = number_array(np.arange(1, len(collection.rows) + 1))
-        rows = collection.rows.append_column(id_column, numbers)
+        rows = collection.rows.append_column(ROW, numbers)
         collection = dataclasses.replace(collection, rows=rows)
     settings = settings_of(encoder, id_column=id_column, chunk_overlap=None)
     with open_store(Path(folder) / "index", settings=settings) as store:

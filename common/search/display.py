@@ -23,7 +23,7 @@ from common.files import check_new, named_in_errors, only_writer
 from common.search.index import Snapshot
 from common.search.manifest import PAIR_COLUMNS
 from common.search.screen import Screen
-from common.search.segments import CHUNK, ID, NUM_CHUNKS, RESERVED_COLUMNS, START, TEXT, unused_name
+from common.search.segments import CHUNK, ID, NUM_CHUNKS, OWN_NAMES, ROW, START, TEXT, unused_name
 from common.terminal import cut, room
 
 if TYPE_CHECKING:  # a command shows only what it has loaded itself
@@ -61,9 +61,24 @@ def ids_of(selection: Selection) -> list[str]:
     return [row[ID] for row in selection.snapshot.take(selection.rows, [ID])]
 
 
-def short_id(key: str) -> str:
+def id_name(snapshot: Snapshot) -> str:
+    """Return what an id is called: "row" where it is only the number of a text."""
+    return "row" if snapshot.settings["id_column"] == ROW else "id"
+
+
+def own_id(snapshot: Snapshot, key: str) -> int | str:
+    """Return an id as JSON has it."""
+    return int(key) if id_name(snapshot) == "row" else key
+
+
+def key_of(document: dict[str, Any]) -> int | str:
+    """Return the id in a document of JSON."""
+    return document["id"] if "id" in document else document["row"]
+
+
+def short_id(key: int | str) -> str:
     """Return the start of a long id, such as a hash of the text; --json has it whole."""
-    return cut(key, 16, 10)
+    return cut(str(key), 16, 10)
 
 
 def texts_at(
@@ -71,16 +86,16 @@ def texts_at(
 ) -> list[dict[str, Any]]:
     """Return id and text at some positions, and under `columns` those that are `kept`."""
     rows, names = selection.rows[np.fromiter(positions, np.int64)], list(kept or ())
-    texts = []
-    for row in selection.snapshot.take(rows, [ID, TEXT, *names]):
+    snapshot, texts = selection.snapshot, []
+    for row in snapshot.take(rows, [ID, TEXT, *names]):
         columns = {} if kept is None else {"columns": {name: row[name] for name in names}}
-        texts.append({"id": row[ID], "text": row[TEXT], **columns})
+        texts.append({id_name(snapshot): own_id(snapshot, row[ID]), "text": row[TEXT], **columns})
     return texts
 
 
 def label_of(row: dict[str, Any], width: int = TEXT_WIDTH) -> str:
     """Return id and text in one line."""
-    return f"{short_id(row['id'])}: {cut(row['text'], room(width))}"
+    return f"{short_id(key_of(row))}: {cut(row['text'], room(width))}"
 
 
 def show_similarity(
@@ -94,7 +109,7 @@ def show_similarity(
     texts.
     """
     texts = texts_at(selection, range(len(selection)))
-    names = [short_id(text["id"]) for text in texts]
+    names = [short_id(key_of(text)) for text in texts]
     if len(names) <= MATRIX_COLUMNS:
         rows = [[name, *values] for name, values in zip(names, matrix)]
         screen.table(rows, ["", *names], title="cosine similarity")
@@ -250,8 +265,8 @@ def show_hits(
             if chunk := document.get("chunk"):
                 text = f"[chunk {chunk['number']} of {chunk['of']}] {text}"
             cells = _cells_of(document["columns"], names)
-            lines.append([rank, document["score"], short_id(document["id"]), text, *cells])
-        headers = ["", "score", "id", "text", *(cut(name, CELL_WIDTH) for name in names)]
+            lines.append([rank, document["score"], short_id(key_of(document)), text, *cells])
+        headers = ["", "score", id_name(snapshot), "text", *(cut(name, CELL_WIDTH) for name in names)]
         screen.table(lines, headers, title=f"{heading}{query}", texts=[3])
     screen.document({"queries": documents})
 
@@ -279,15 +294,16 @@ def hit_documents(snapshot: Snapshot, hits: list[Hit], kept: Sequence[str] | Non
     names = snapshot.manifest["columns"] if kept is None else kept
     columns = [ID, TEXT, CHUNK, NUM_CHUNKS, START, *names]
     rows = snapshot.take([hit.row for hit in hits], columns)
-    return [_hit_document(row, hit) for row, hit in zip(rows, hits)]
+    return [_hit_document(snapshot, row, hit) for row, hit in zip(rows, hits)]
 
 
-def _hit_document(row: dict, hit: Hit) -> dict:
+def _hit_document(snapshot: Snapshot, row: dict, hit: Hit) -> dict:
     """Return a hit for JSON: id, score, text, in `columns` its metadata, and in `chunk`, if the
     document has several, which one this is.
     """
-    columns = {name: value for name, value in row.items() if name not in RESERVED_COLUMNS}
-    document = {"id": row[ID], "score": hit.score, "text": row[TEXT], "columns": columns}
+    columns = {name: value for name, value in row.items() if name not in OWN_NAMES}
+    key = {id_name(snapshot): own_id(snapshot, row[ID])}
+    document = {**key, "score": hit.score, "text": row[TEXT], "columns": columns}
     if row[NUM_CHUNKS] > 1:
         document["chunk"] = {"number": row[CHUNK] + 1, "of": row[NUM_CHUNKS]}
         document["chunk"]["first_character"] = row[START]
@@ -442,11 +458,11 @@ def show_groups(
     if screen.as_json and len(pairs) > PAIRS_IN_JSON:
         problem = f"more than {PAIRS_IN_JSON:,} pairs, too many for one JSON document"
         raise UserError(f"duplicates: {problem}; give --pairs-file, or raise --threshold")
-    lists = []
+    lists, name = [], id_name(selection.snapshot)
     for members in groups.lists():
-        unique: dict[str, dict[str, str]] = {}
+        unique: dict[int | str, dict[str, Any]] = {}
         for text in texts_at(selection, members):
-            unique.setdefault(text["id"], text)
+            unique.setdefault(text[name], text)
         lists.append(list(unique.values()))
     kind = "pairs of chunks" if selection.unit == "chunks" else "pairs"
     joined = f"joined by {groups.num_pairs:,} {kind} with a cosine of at least {threshold}"
@@ -454,8 +470,8 @@ def show_groups(
     lines = []
     for number, texts in enumerate(lists, start=1):
         for text in texts:
-            lines.append([number, short_id(text["id"]), cut(text["text"], room(TEXT_WIDTH))])
-    screen.table(lines, ["group", "id", "text"], texts=[2])
+            lines.append([number, short_id(text[name]), cut(text["text"], room(TEXT_WIDTH))])
+    screen.table(lines, ["group", name, "text"], texts=[2])
     screen.document(
         {
             "threshold": threshold,
@@ -485,7 +501,7 @@ def write_rows(
     `order` is that of the columns in their source, where TEXT stands for it.
     """
     snapshot = selection.snapshot
-    columns = {name: kind for name, kind in snapshot.columns.items() if name != selection.generated_ids}
+    columns = {name: kind for name, kind in snapshot.columns.items() if name != ROW}
     text = unused_name(text_column.split(",")[-1].strip(), list(columns))
     kinds = {**columns, TEXT: pa.large_string()}
     names = [name for name in dict.fromkeys([*order, *kinds]) if name in kinds]
@@ -546,7 +562,8 @@ def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, word
     """Show the size of each cluster, its typical words and its central texts."""
     from common.search.mining import NO_CLUSTER, nearest_to_centre
 
-    ids, lines, documents = ids_of(selection), [], []
+    snapshot, lines, documents = selection.snapshot, [], []
+    ids = [own_id(snapshot, key) for key in ids_of(selection)]
     for number, own_words in enumerate(words):
         members = np.flatnonzero(labels == number)
         nearest = nearest_to_centre(selection, members, count=NUM_CENTRAL)
@@ -560,7 +577,7 @@ def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, word
                 "size": len(members),
                 "words": own_words,
                 "nearest_to_centre": central,
-                "ids": list(dict.fromkeys(ids[position] for position in members)),
+                f"{id_name(snapshot)}s": list(dict.fromkeys(ids[position] for position in members)),
             }
         )
     alone = [ids[position] for position in np.flatnonzero(labels == NO_CLUSTER)]
@@ -574,10 +591,10 @@ def write_clusters(selection: Selection, labels: np.ndarray, path: str, screen: 
     """Write each row's id and its cluster's number, empty for none, to a new CSV; say so."""
     with _whole_file(path, "--output") as new, open(new, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["id", "cluster"])
+        writer.writerow([id_name(selection.snapshot), "cluster"])
         for key, label in zip(ids_of(selection), labels.tolist()):
             writer.writerow([key, "" if label < 0 else label + 1])
-    screen.say(f"clusters {path}: the number of each id")
+    screen.say(f"clusters {path}: the number of each {id_name(selection.snapshot)}")
 
 
 def save_figure(figure: Figure, path: str, screen: Screen) -> None:

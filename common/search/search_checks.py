@@ -222,6 +222,9 @@ def check_texts(args: argparse.Namespace) -> None:
             # "title,text" is the name of a column, or of two
             wanted = {} if "," in column else {column: "--text-column"}
             as_text = [column, *split_columns(column)]
+            if getattr(args, "id_column", None):
+                wanted[args.id_column] = "--id-column"
+                as_text.append(args.id_column)
             reading.check_columns(name, wanted, as_text=as_text, options=options)
 
 

@@ -136,6 +136,7 @@ def add_search_flags(command: cli.Parser) -> None:
     what = "a text to search for in --index (none: a prompt); without --index, texts to search"
     flag("names", nargs="*", metavar="QUERY|TEXTS", help=what)
     add_index_flag(command, "where to search; a few texts need none", required=False)
+    add_id_flag(command)
     flag("--query", action="append", default=[], help="a text to search for; may be repeated")
     lines = "one query per line, - for standard input"
     flag("--queries", dest="queries_file", metavar="FILE", type=cli.path, help=lines)
@@ -248,6 +249,11 @@ def add_index_flag(command: cli.Parser, what: str, *, required: bool = True) -> 
     command.add_argument("--index", metavar="DIR", type=index_path, required=required, help=what)
 
 
+def add_id_flag(command: cli.Parser) -> None:
+    ids = "the column of ids of TEXTS (default: none, and the numbers of rows are shown)"
+    command.add_argument("--id-column", metavar="NAME", type=cli.name, help=ids)
+
+
 def add_offset_flag(command: cli.Parser) -> None:
     skipped = "leave out so many of the first"
     command.add_argument("--offset", type=cli.non_negative_int, default=0, help=skipped)
@@ -315,6 +321,7 @@ def add_text_flags(command: cli.Parser) -> None:
 def add_source_flags(command: cli.Parser) -> None:
     flag = command.add_argument
     flag("texts", nargs="*", help="texts to look at, or name an index with --index")
+    add_id_flag(command)
     add_index_flag(command, "an index made before", required=False)
     add_where_flags(command)
     add_text_flags(command)
@@ -512,7 +519,7 @@ def index_options(args: argparse.Namespace, existing: Settings | None) -> IndexO
 
 def read_source(args: argparse.Namespace) -> Collection | str:
     """Return what a command looks at: the name of an index, or else texts."""
-    return args.index or read_texts(args)
+    return args.index or read_texts(args, args.id_column)
 
 
 def kept_columns(args: argparse.Namespace, names: Iterable[str], source: str) -> list[str] | None:

@@ -37,6 +37,9 @@ EXPORTED = {b"embed_search": b"vector"}  # says of a column of Parquet that an e
 CHUNK, NUM_CHUNKS, START = "_index_chunk", "_index_chunks", "_index_start"
 ROW_COLUMNS = (ID, HASH, CHUNK, NUM_CHUNKS, START, TEXT)  # before the metadata; the vector is last
 RESERVED_COLUMNS = (*ROW_COLUMNS, VECTOR)
+# the ids of texts that are looked at without an index, where no column has any: their numbers from 1
+ROW = "_index_row"
+OWN_NAMES = (*RESERVED_COLUMNS, ROW)  # which no column of a source may have
 # a smaller file (bytes) is read, not mapped: a map holds a descriptor, and a process may have
 # only 256
 MAPPED = 65_536

@@ -70,7 +70,6 @@ class Selection:
     snapshot: Snapshot
     rows: np.ndarray
     runtime: Runtime = dataclasses.field(default_factory=one_process)
-    generated_ids: str | None = None  # the name of the column of ids, where they are only numbers
 
     @functools.cached_property
     def documents(self) -> np.ndarray | None:

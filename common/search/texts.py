@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 from common import bundled, plain_files, reading, sources
 from common.columns import require_column
 from common.errors import UserError, note
-from common.search.segments import EXPORTED, RESERVED_COLUMNS, TEXT, number_array, text_array
+from common.search.segments import EXPORTED, OWN_NAMES, TEXT, number_array, text_array
 
 if TYPE_CHECKING:
     import datasets
@@ -400,7 +400,7 @@ def _to_table(rows: datasets.Dataset, source: TextSource, shown_name: str) -> pa
         require_column(table.column_names, name, source=shown_name, flag="--text-column")
         reading.check_kind(rows, name, source=shown_name)
     text_column = names[-1]
-    taken = next((name for name in table.column_names if name.lower() in RESERVED_COLUMNS), None)
+    taken = next((name for name in table.column_names if name.lower() in OWN_NAMES), None)
     if taken:
         raise UserError(f"{shown_name}: the column name {taken!r} is reserved; rename the column")
     for number, name in enumerate(table.column_names):

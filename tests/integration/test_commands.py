@@ -39,8 +39,11 @@ def hits(found: dict) -> list[tuple[str, float]]:
 
 def test_texts_are_searched_without_an_index_as_with_one(ok, made, tmp_path):
     index = hits(ok("search", "--index", made / "ix", "very good film", "--json"))
-    plain = hits(ok("search", made / "t.csv", "--query", "very good film", "--json"))
-    assert [(f"s{int(key) - 1}", pytest.approx(score)) for key, score in plain] == index
+    plain = ("search", made / "t.csv", "--query", "very good film", "--json")
+    found = ok(*plain)["queries"][0]["hits"]
+    assert [(f"s{hit['row'] - 1}", pytest.approx(hit["score"])) for hit in found] == index
+    found = hits(ok(*plain, "--id-column", "id"))
+    assert [(key, pytest.approx(score)) for key, score in found] == index
     some = ok("search", made / "t.csv", "--query", "film", "--where", "label = 'pos'", "--hybrid", "--json")
     assert {hit["columns"]["label"] for hit in some["queries"][0]["hits"]} == {"pos"}
     write_lines(tmp_path / "q.txt", ["good", "bad"])

@@ -56,8 +56,8 @@ def test_the_tutorials_similarities_to_the_printed_digit(ok, tmp_path):
     found = ok(*flags, "--json")
     assert found["matrix"][0] == [1.0, 0.543, 0.493, -0.031, 0.139, 0.367] and found["matrix"][3][5] == -0.104
     assert [
-        (pair["first"]["id"], pair["second"]["id"], round(pair["similarity"], 3)) for pair in found["pairs"]
-    ] == [("1", "2", 0.543), ("2", "3", 0.493), ("1", "3", 0.493)]
+        (pair["first"]["row"], pair["second"]["row"], round(pair["similarity"], 3)) for pair in found["pairs"]
+    ] == [(1, 2, 0.543), (2, 3, 0.493), (1, 3, 0.493)]
     similarities = found["queries"][0]["similarities"]
     assert [round(entry["similarity"], 3) for entry in similarities] == [
         0.297,
@@ -203,7 +203,7 @@ def test_columns_with_the_names_of_ours_shadow_nothing(ok, tmp_path):
         "_number = 20 OR level = 0",
         "--json",
     )
-    assert [entry["id"] for entry in found["queries"][0]["similarities"]] == ["1", "3"]
+    assert [entry["row"] for entry in found["queries"][0]["similarities"]] == [1, 3]
     assert found["queries"][0]["similarities"][0]["similarity"] == pytest.approx(1, abs=1e-5)
 
 
@@ -435,6 +435,35 @@ def test_columns_stay_beside_the_texts_of_pairs(ok, embed, tmp_path):
     assert code == 2 and "no column 'nope'" in stderr and "--keep-columns" in stderr
 
 
+def test_the_ids_of_texts_without_an_index_are_those_of_their_column(ok, embed, sentences, tmp_path):
+    """Or else the numbers of their rows, which are called so."""
+    ids = {"key": "id", "numbers": "row"}
+    for name, flags in {"numbers": (), "key": ("--id-column", "id")}.items():
+
+        def keys(documents: list[dict], name: str = name) -> list:
+            found = [document[ids[name]] for document in documents]
+            assert all(("id" in document) + ("row" in document) == 1 for document in documents)
+            return found if name == "key" else [f"s{number - 1}" for number in found]
+
+        hits = ok("search", sentences, "--query", "good", *flags, "--json")["queries"][0]["hits"]
+        rows = {row["id"]: row for row in csv.DictReader(io.StringIO(sentences.read_text()))}
+        assert [rows[key]["text"] for key in keys(hits)] == [hit["text"] for hit in hits]
+        assert set(hits[0]["columns"]) == {"id", "label", "n"}
+        assert ids[name] in ok("search", sentences, "--query", "good", *flags)
+        [group, *_] = ok("duplicates", sentences, "--threshold", 0.9, *flags, "--json")["groups"]
+        assert [rows[key]["text"] for key in keys(group)] == [text["text"] for text in group]
+        output = tmp_path / f"{name}.csv"
+        found = ok("cluster", sentences, "--num-clusters", 2, *flags, "--output", output, "--json")
+        assert sum(len(one[f"{ids[name]}s"]) for one in found["clusters"]) == 60
+        header, first, *_ = output.read_text().splitlines()
+        assert header == f"{ids[name]},cluster" and first.startswith("s0," if name == "key" else "1,")
+    code, _, stderr = embed("pairs", sentences, "--id-column", "nope")
+    assert code == 2 and "no column 'nope'" in stderr and "--id-column" in stderr
+    ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
+    code, _, stderr = embed("pairs", "--index", tmp_path / "ix", "--id-column", "id")
+    assert code == 2 and "--id-column id" in stderr and "leave it out" in stderr
+
+
 def test_the_prompt_answers_line_by_line(ok, sentences, tmp_path, monkeypatch):
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
     monkeypatch.setattr(sys, "stdin", io.StringIO("good film\nbad film\n\n"))
@@ -447,9 +476,8 @@ def test_pairs_duplicates_and_clusters_through_the_command_line(ok, sentences, t
         sentences.read_text() + sentences.read_text().splitlines()[1].replace("s0,", "copy,") + "\n"
     )
     best = ok("pairs", sentences, "--top-k", 2, "--json")["pairs"]
-    assert (best[0]["first"]["id"], best[0]["second"]["id"]) == ("1", "61") and best[0][
-        "similarity"
-    ] == pytest.approx(1)
+    assert (best[0]["first"]["row"], best[0]["second"]["row"]) == (1, 61)
+    assert best[0]["similarity"] == pytest.approx(1)
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
     found = ok("duplicates", "--index", tmp_path / "ix", "--threshold", 0.9999, "--json")
     assert [[row["id"] for row in group] for group in found["groups"]] == [["s0", "copy"]] and found[
