@@ -50,7 +50,7 @@ from common.search.search_flags import (
     start,
     task_fingerprint,
 )
-from common.search.words import AUTO, Words, stop_words
+from common.search.words import Words, stop_words
 
 # Each command imports its libraries itself, after the flags are checked: PyTorch takes seconds.
 if TYPE_CHECKING:
@@ -497,7 +497,7 @@ def show_clusters(
         labels = mining.assigned(selection, labels, block=args.block)
     words = mining.typical_words(selection, labels, display.NUM_WORDS, stop)
     wanted = args.num_clusters or 0
-    if wanted != AUTO and len(words) < wanted:
+    if wanted != flags.BY_SILHOUETTE and len(words) < wanted:
         reason = f"the {selection.unit} have no more different embeddings"
         screen.say(f"only {len(words)} clusters, not {wanted}: {reason}")
     display.show_clusters(screen, selection, labels, words)
@@ -522,7 +522,7 @@ def labels_of(selection: Selection, args: argparse.Namespace, screen: Screen) ->
     wanted, options = args.num_clusters, {"block": args.block, "seed": args.seed}
     if args.hdbscan:
         return mining.density_clusters(selection, min_size=args.min_size or 5)
-    if wanted == AUTO:
+    if wanted == flags.BY_SILHOUETTE:
         labels, silhouettes = mining.choose_clusters(selection, **options)
         shown = ", ".join(f"{count}: {value:.3f}" for count, value in silhouettes.items())
         shown = shown or "none: the embeddings are alike"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from common import reading, sources, speedups
+from common import bundled, reading, sources, speedups
 from common.errors import UserError, note
 from common.runtime import DTYPES, Runtime
 from common.search.manifest import EncoderConfig, Identity, Settings, check_settings
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-DEFAULT_MODEL = "bundled/all-MiniLM-L6-v2"
 # larger batches fall out of a CPU's cache, and each of its threads has
 # one; smaller ones leave a GPU idle
 BATCH_TOKENS = {"cpu": 2048, "cuda": 131_072, "mps": 16_384}
@@ -383,7 +382,7 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
     """Return the encoder of a sentence-transformers model. Raises UserError when the model can't be
     read, or can't take texts of `max_length` tokens.
     """
-    name = config.model or DEFAULT_MODEL
+    name = config.model or bundled.MINILM
     model = load_model(name, cache_dir=config.cache_dir)
     max_length = _chosen_length(model, config.max_length)
     if config.dimensions is not None:

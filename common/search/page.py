@@ -219,12 +219,6 @@ class ServedIndex:
         documents = hit_documents(self.snapshot, asked.hit_range.select(hits))
         return {"id": asked.id, "hits": documents, "notes": []}
 
-    def map(self, asked: Asked) -> dict[str, Any]:
-        """Return the map of clusters, which is computed once: points from 0 to 1 of at most 2,000
-        rows, evenly spaced, and the words of each cluster. Their `clusters` are known before.
-        """
-        return self._map
-
     @functools.cached_property
     def clusters(self) -> Clusters:
         """What is on the map, but for where: all that is read from the index for it."""
@@ -245,7 +239,10 @@ class ServedIndex:
         return Clusters(drawn, labels, words, self.snapshot.take(drawn.rows, [ID, TEXT]))
 
     @functools.cached_property
-    def _map(self) -> dict[str, Any]:
+    def map(self) -> dict[str, Any]:
+        """The map of clusters: points from 0 to 1 of at most 2,000 rows, evenly spaced, and the words
+        of each cluster. Their `clusters` are known before.
+        """
         drawn, labels = self.clusters.drawn, self.clusters.labels
         _, points = mining.map_points(drawn, seed=self.seed)
         lowest, highest = points.min(0), points.max(0)
@@ -383,9 +380,9 @@ class Server:
 
     async def map(self, request: web.Request) -> web.Response:
         """Answer with the map, which another thread draws: meanwhile texts are found."""
-        asked = read(request.path, list(request.query.items()))
+        read(request.path, list(request.query.items()))  # refuses what a map does not take
         await self.worker.run(lambda: self.index.clusters)
-        text = await self.drawer.run(lambda: cli.json_line(self.index.map(asked)))
+        text = await self.drawer.run(lambda: cli.json_line(self.index.map))
         return web.json_response(text=text)
 
     async def models(self, request: web.Request) -> web.Response:

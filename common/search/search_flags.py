@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from common.search.texts import Collection
     from common.sources import FileOptions
 
+BY_SILHOUETTE = "auto"  # in the place of a number of clusters
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
 DEEPEST = 10_000  # rank at which a measure stops
 DEFAULT_OVERLAP = 32  # tokens that neighbouring chunks share
@@ -373,7 +374,7 @@ def cosine(text: str) -> float:
 
 def count_or_auto(text: str) -> int | str:
     """Parse a number of clusters, or auto."""
-    return AUTO if text == AUTO else cli.positive_int(text)
+    return text if text == BY_SILHOUETTE else cli.positive_int(text)
 
 
 def rank_of_cut(text: str) -> int:
