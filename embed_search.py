@@ -466,12 +466,13 @@ def dedupe(args: argparse.Namespace, screen: Screen) -> None:
 def cluster(args: argparse.Namespace, screen: Screen) -> None:
     """Find clusters, the texts nearest to each centre and the words typical of it."""
     from common.search import mining
-    from common.search.builder import check_clusters
 
     runtime = start(args)
     stop = None if args.stop_words is None else stop_words(args.stop_words)
     with open_rows(read_source(args), args, runtime, screen, least=2) as (selection, _):
         if args.column:
+            from common.search.builder import check_clusters
+
             check_clusters(selection.snapshot, args.column)
         labels = None
         if args.threshold is not None:  # it alone looks at all pairs, which the processes share

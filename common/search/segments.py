@@ -58,6 +58,7 @@ SQUARE_TOLERANCE = 0.01  # how far the square of a norm may be from 1
 ColumnTypes = dict[str, pa.DataType]
 # of each way to keep vectors, the type of what lies on the disk
 STORED_TYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8, "binary": np.uint8}
+FEW = 100  # rows that are taken one by one
 UNPACKED = 8_192  # rows whose vectors are made of what is kept at once
 
 
@@ -263,16 +264,15 @@ class Segment:
         named.
         """
         names = [*ROW_COLUMNS, *self.columns] if columns is None else columns
-        taken = None if numbers is None else number_array(numbers)
         arrays = []
         for name in names:
             kind = self.columns.get(name)
             if name not in self._table.column_names:
-                arrays.append(pa.nulls(len(self) if taken is None else len(taken), kind))
+                arrays.append(pa.nulls(len(self) if numbers is None else len(numbers), kind))
                 continue
-            column = self._table.column(name)
-            self._check_column(name, column.chunk(0), numbers)
-            column = column if taken is None else column.take(taken)
+            column = self._table.column(name).chunk(0)
+            self._check_column(name, column, numbers)
+            column = column if numbers is None else taken(column, numbers)
             arrays.append(column if kind in (None, column.type) else column.cast(kind, safe=False))
         return pa.Table.from_arrays(arrays, names)
 
@@ -426,6 +426,15 @@ def number_array(numbers: np.ndarray) -> pa.Array:
     numbers = np.ascontiguousarray(numbers)
     kind = pa.from_numpy_dtype(numbers.dtype)
     return pa.Array.from_buffers(kind, len(numbers), [None, pa.py_buffer(numbers)])
+
+
+def taken(column: pa.Array, rows: np.ndarray) -> pa.Array:
+    """Return some rows of a column; few of them without Arrow's own `take`, which imports pyarrow.compute,
+    8 MB that a search has no other use for.
+    """
+    if len(rows) > FEW:
+        return column.take(number_array(rows))
+    return pa.concat_arrays([column.slice(0, 0), *(column.slice(row, 1) for row in rows.tolist())])
 
 
 def text_array(texts: Sequence[str | None]) -> pa.Array:

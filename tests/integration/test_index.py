@@ -530,3 +530,26 @@ def test_a_first_pass_over_the_vectors_holds_few_of_them(tmp_path):
         assert 0 < unchecked.sum() < 12 < len(unchecked)  # those of the other columns
     assert highest[0] < 8e6 and highest[1] > 40e6, highest
     assert sum(blocks[0]) == 30_000 and blocks[1] == [10_000] * 3
+
+
+ROWS_OF_COLUMNS = {
+    "texts": pa.array(["a", None, "", "längst"] * 60),
+    "long texts": pa.array(["a", None, "", "längst"] * 60, pa.large_string()),
+    "truths": pa.array([True, None, False, True] * 60),
+    "lists": pa.array([[1, 2], None, [], [None]] * 60),
+    "structs": pa.array([{"a": 1, "b": "x"}, None, {"a": None, "b": "y"}, {"a": 3, "b": None}] * 60),
+    "classes": pa.array(["a", None, "b", "a"] * 60).dictionary_encode(),
+    "times": pa.array([0, None, 10**15, -1] * 60, pa.timestamp("us", "UTC")),
+    "hashes": pa.array([bytes([n]) * 32 for n in range(240)], pa.binary(32)),
+    "nothing": pa.nulls(240),
+}
+
+
+@pytest.mark.parametrize("name", ROWS_OF_COLUMNS)
+def test_few_rows_of_a_column_are_those_that_arrow_takes(name):
+    column, generator = ROWS_OF_COLUMNS[name].slice(3), np.random.default_rng(0)
+    for count in (0, 1, segments.FEW, segments.FEW + 1):
+        rows = generator.integers(len(column), size=count)
+        taken = segments.taken(column, rows)
+        taken.validate(full=True)
+        assert taken.type == column.type and taken.equals(column.take(pa.array(rows)))
