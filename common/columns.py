@@ -27,7 +27,8 @@ def require_column(names: Iterable[str], column: str, *, source: str, flag: str)
     one of `names`.
     """
     if column not in (names := [name for name in names if name != ROW]):
-        problem = f"no column {column!r} among {listed(names)}"
+        among = f"among {listed(names)}" if names else "but texts alone"
+        problem = f"no column {column!r} {among}"
         raise UserError(f"{source}: {problem}; name the right one with {flag}")
 
 

@@ -459,6 +459,9 @@ def test_the_ids_of_texts_without_an_index_are_those_of_their_column(ok, embed, 
         assert header == f"{ids[name]},cluster" and first.startswith("s0," if name == "key" else "1,")
     code, _, stderr = embed("pairs", sentences, "--id-column", "nope")
     assert code == 2 and "no column 'nope'" in stderr and "--id-column" in stderr
+    lines = write_lines(tmp_path / "lines.txt", ["good", "bad"])
+    code, _, stderr = embed("pairs", lines, "--id-column", "id")
+    assert code == 2 and "lines.txt: no column 'id' but texts alone" in stderr, stderr
     ok("index", sentences, "--index", tmp_path / "ix", "--id-column", "id")
     code, _, stderr = embed("pairs", "--index", tmp_path / "ix", "--id-column", "id")
     assert code == 2 and "--id-column id" in stderr and "leave it out" in stderr
