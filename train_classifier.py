@@ -346,12 +346,15 @@ def distribute(
 
 @dataclass(frozen=True)
 class Run:
-    """What accompanies the training: its log, its checkpoints, what stops it, how long it takes."""
+    """What accompanies the training: its log, its checkpoints, what stops it, how long it takes, and
+    what the model remembers of settings and data.
+    """
 
     log: tracking.Log
     checkpoints: Checkpoints
     signals: StopSignals
     forecast: tracking.Forecast
+    remembered: dict = dataclasses.field(default_factory=dict)
 
 
 def make_forecast(
@@ -525,9 +528,8 @@ def score_and_keep(
     if is_better(entry, state.best, config.best_metric):
         state.best, line = entry, f"{line}, the best so far"
         if runtime.is_main:
-            plain, settings = merge_adapters(state.model), run.log.settings
-            folder = run.log.folder / "best"
-            saved_model.save(plain, state.tokenizer, folder, settings=settings, thresholds=thresholds)
+            plain, folder = merge_adapters(state.model), run.log.folder / "best"
+            saved_model.save(plain, state.tokenizer, folder, settings=run.remembered, thresholds=thresholds)
     runtime.say(line)
 
 
@@ -553,17 +555,13 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
     best = reload_best(loaded, run, runtime)
     scores, logits = evaluate(best, rows, runtime, signals=run.signals)
     thresholds, positive_class = report.thresholds_of(scores), config.scoring.positive_class
-    answer = baseline.commonest_answer(loaded.tokenized["train"])
-    if runtime.is_main:
-        notes = loaded.notes
-        saved_settings.save_outcome(folder / "best", answer, notes.cut, notes.test_sha256)
     assert state.best is not None
     outcome = report.Outcome(
         settings=run.log.settings,
         history=state.history,
         best=state.best,
         scores=scores,
-        baseline=baseline.score_answer(answer, rows),
+        baseline=baseline.score_answer(run.remembered["baseline"], rows),
         predictions=report.Predictions(rows, logits, thresholds, positive_class),
         temperature=best.temperature,
         num_texts={split: len(loaded.tokenized[split]) for split in loaded.tokenized},
@@ -667,7 +665,13 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     time_left = None if args.max_minutes is None else 60 * args.max_minutes - clock.seconds()
     signals = StopSignals(runtime, advice, seconds=time_left, saves=args.keep > 0)
     forecast = make_forecast(loaded.tokenized, loaded.config, clock, runtime)
-    run = Run(log, checkpoints, signals, forecast)
+    of_data = {
+        "baseline": baseline.commonest_answer(rows),
+        "cut": loaded.notes.cut,
+        "test_sha256": loaded.notes.test_sha256,
+        "rare_classes": loaded.notes.rare,
+    }
+    run = Run(log, checkpoints, signals, forecast, remembered={**settings, **of_data})
     with contextlib.closing(log), signals:
         if train(state, loaded.tokenized, run, loaded.config, runtime):
             test(loaded, state, run, runtime)

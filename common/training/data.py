@@ -24,7 +24,7 @@ from common import reading
 from common.columns import ROW, require_column, split_columns
 from common.errors import Fault, UserError, counted, listed, quoted
 from common.runtime import Runtime
-from common.sources import FileOptions
+from common.sources import FileOptions, is_blank
 from common.training.faults import (
     check_columns,
     clean,
@@ -32,7 +32,10 @@ from common.training.faults import (
     leave_out,
     list_separator,
     near_equal_names,
+    rare_flag,
+    require_classes,
     text_problems,
+    without_classes,
     without_rare,
 )
 from common.training.labels import (
@@ -41,6 +44,7 @@ from common.training.labels import (
     Label,
     LabelConfig,
     are_few,
+    cells_as_names,
     find_kind,
     label_names,
     natural_order,
@@ -247,14 +251,20 @@ def load_rows_for_scoring(
         source = _read_source(config, faults)
         others = {"train": config.train_split, "validation": config.validation_split}
         splits = choose_splits(source, {"test": config.test_split}) or choose_splits(source, others)
-    splits, _ = tidy_labels(splits, config.labels, task.names)
+    known = dataclasses.replace(task, names=(*task.names, *trained.rare_classes))
+    splits, _ = tidy_labels(splits, config.labels, known.names)
     if "test" in splits and not has_labels(splits["test"], config.labels):
         problem = "it has no labels to compare with"
         raise UserError(f"split test: {problem}; --predict answers for its texts")
+    rare, merged = _rare_classes(splits, config, task, trained)
+    known = dataclasses.replace(task, names=(*task.names, *rare))
     if faults is not None:
-        splits, _ = clean(splits, config.texts, config.labels, faults, task)
+        splits, _ = clean(splits, config.texts, config.labels, faults, known)
         runtime.say(f"skipped  {counted(len(faults), 'row')} that can't be used")
-    splits = validate(splits, config.texts, config.labels, trained=task)
+    splits = validate(splits, config.texts, config.labels, trained=known)
+    about_rare = ""
+    if rare:
+        splits, about_rare = _without_rare_as_trained(splits, rare, merged, task)
     was_cut = trained.cut is None or "test" in trained.cut  # None: a model that does not tell
     if "test" not in splits and was_cut and name_sha256(config.dataset) == trained.dataset_sha256:
         seed, flag = trained.split_seed, "--split-seed"
@@ -273,9 +283,69 @@ def load_rows_for_scoring(
     rows = sample(splits[split], size, seed=config.seed, flag="--max-eval-samples")
     name = config.test_file or config.dataset
     runtime.say(f"data     {name}: {counted(len(rows), 'text')} of its {split} split")
+    if about_rare:
+        runtime.say(f"         {about_rare}")
     if split == "train":
         runtime.say("         the model may have been trained on some of them, which would raise its scores")
     return rows
+
+
+def _rare_classes(
+    splits: Splits, config: DataConfig, task: Task, trained: SavedSettings
+) -> tuple[list[str], str | None]:
+    """Return the classes whose rows are not scored as they are, and the class that they make, None
+    if they are left out: as the model remembers it, or where it remembers nothing and flags ask for
+    it, those that the model lacks.
+
+    Raises UserError for flags of rare classes without such, or with another class than the model's.
+    """
+    least, merged = config.drop_rare, config.merge_rare
+    flag, is_given = rare_flag(least, merged), (least, merged) != (None, None)
+    if is_given:
+        require_classes(task, flag)
+    else:
+        merged = trained.merge_rare
+    rare = [name for name in trained.rare_classes if name not in task.names]
+    if is_given and not rare:
+        check_columns(splits, config.texts, config.labels)
+        rare = _names_beyond(splits, config.labels, task)
+    if rare and merged is not None and merged not in task.names:
+        known = listed(sorted(task.names, key=natural_order), most=10)
+        problem = f"the model has no such class; its classes are {known}"
+        raise UserError(f"--merge-rare {merged}: {problem}; name one of them, or use --drop-rare")
+    return rare, merged
+
+
+def _names_beyond(splits: Splits, labels: LabelConfig, task: Task) -> list[str]:
+    """Return the names of classes in the splits that are none of the task's."""
+    cells = {cell for rows in splits.values() for cell in cells_as_names(rows, labels.label_column)}
+    names = {name for name in cells if not (name is None or is_blank(name))}
+    beyond = {without_decimals(name) for name in names if name not in task.names}
+    return sorted(beyond.difference(task.names), key=natural_order)
+
+
+def _without_rare_as_trained(
+    splits: Splits, rare: list[str], merged: str | None, task: Task
+) -> tuple[Splits, str]:
+    """Return the splits with the classes of a trained model, its `rare` ones left out or `merged`
+    into one; and a line that says so. Raises UserError when no row is left.
+    """
+    result, num_rows, found = {}, 0, []
+    for split, rows in splits.items():
+        names = task_of_rows(rows).names
+        counts = np.bincount(rows["label"][:], minlength=len(names))
+        found += [name for name, count in zip(names, counts) if count and name in rare]
+        result[split], _ = without_classes(split, rows, rare, task.names, merged=merged)
+        num_rows += sum(int(count) for name, count in zip(names, counts) if name in rare)
+        if not len(result[split]):
+            problem = f"all its rows are of rare classes, which are left out: {listed(found)}"
+            raise UserError(f"split {split}: {problem}; give rows of the model's classes")
+    if not found:
+        return result, ""
+    into = f"left out with {counted(num_rows, 'row')}"
+    if merged is not None:
+        into = f"one class {quoted(merged)} of {counted(num_rows, 'row')}"
+    return result, f"rare classes, {into}: {listed(dict.fromkeys(found))}"
 
 
 def _read_source(config: DataConfig, faults: list[Fault] | None) -> datasets.DatasetDict:
@@ -362,7 +432,7 @@ def validate(
         names = label_names(splits["train"], kind, read["train"], labels)
         task, complaint = Task(kind, tuple(names)), "does not occur in the training split"
     else:
-        task, complaint = trained, "is not one of the model's classes"
+        task, complaint = trained, "is not one of the classes of the model's training"
         read = {split: _in_order(values, task, labels) for split, values in read.items()}
     read = {split: _known_labels(split, values, task, complaint) for split, values in read.items()}
     return {split: _with_labels(rows, read[split], task, texts) for split, rows in splits.items()}

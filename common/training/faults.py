@@ -344,12 +344,9 @@ def without_rare(
 
     Raises UserError for another task than one class of several, and when one class is left.
     """
-    import datasets
-
     task = task_of_rows(splits["train"])
-    flag = f"--drop-rare {least}" if name is None else f"--merge-rare {name}"
-    if task.kind != SINGLE:
-        raise UserError(f"{flag}: it is for classes, and --task {task.kind} has none; leave it out")
+    flag = rare_flag(least, name)
+    require_classes(task, flag)
     counts = np.bincount(splits["train"]["label"][:], minlength=len(task.names))
     few = [task.names[n] for n, count in enumerate(counts) if count < (least or RARE)]
     rare = [label for label in few if label != name]
@@ -361,24 +358,47 @@ def without_rare(
     if len(names) < 2:
         problem = f"it leaves {counted(len(names), 'class', 'classes')}"
         raise UserError(f"{flag}: {problem}; a classifier needs two, so use less")
-    feature, result, left_out = datasets.ClassLabel(names=names), {}, []
+    result, left_out = {}, []
     for split, rows in splits.items():
-        labels = [task.names[label] for label in rows["label"][:]]
-        kept = [n for n, label in enumerate(labels) if name is not None or label not in rare]
-        if not kept:
+        result[split], faults = without_classes(split, rows, rare, names, merged=name)
+        left_out += faults
+        if not len(result[split]):
             raise UserError(f"{flag}: it leaves no row of split {split}; use less")
-        if name is None:
-            left_out += _rows_of_classes(split, rows, labels, rare)
-        numbers = [names.index(name if labels[n] in rare else labels[n]) for n in kept]  # pyrefly: ignore
-        order = rows.column_names
-        some: Any = rows.select(kept)
-        changed = some.remove_columns("label").add_column("label", numbers, feature=feature)
-        result[split] = changed.select_columns(order)
     return result, rare, left_out
 
 
+def rare_flag(least: int | None, name: str | None) -> str:
+    """Return the flag that treats rare classes in another way, with its value."""
+    return f"--drop-rare {least}" if name is None else f"--merge-rare {name}"
+
+
+def require_classes(task: Task, flag: str) -> None:
+    """Raise UserError for a flag of rare classes, unless a text has one class of several."""
+    if task.kind != SINGLE:
+        raise UserError(f"{flag}: it is for classes, and --task {task.kind} has none; leave it out")
+
+
+def without_classes(
+    split: str, rows: datasets.Dataset, rare: Sequence[str], names: Sequence[str], *, merged: str | None
+) -> tuple[datasets.Dataset, list[Fault]]:
+    """Return the rows (N) of a split without those of `rare` classes, or with these in the class
+    `merged`, their labels being of the classes `names`; and the rows that are left out.
+    """
+    import datasets
+
+    old = task_of_rows(rows).names
+    labels = [old[label] for label in rows["label"][:]]
+    left_out = [] if merged is not None else list(_rows_of_classes(split, rows, labels, rare))
+    kept = [n for n, label in enumerate(labels) if merged is not None or label not in rare]
+    numbers = [names.index(merged if labels[n] in rare else labels[n]) for n in kept]  # pyrefly: ignore
+    some: Any = rows.select(kept)
+    feature = datasets.ClassLabel(names=list(names))
+    changed = some.remove_columns("label").add_column("label", numbers, feature=feature)
+    return changed.select_columns(rows.column_names), left_out
+
+
 def _rows_of_classes(
-    split: str, rows: datasets.Dataset, labels: list[str], rare: list[str]
+    split: str, rows: datasets.Dataset, labels: Sequence[str], rare: Sequence[str]
 ) -> Iterator[Fault]:
     """Yield the rows whose labels (N) are rare classes."""
     for number in [number for number, label in enumerate(labels) if label in rare]:

@@ -17,7 +17,7 @@ from common.training.run import DEFAULT_TRUNCATION, JOIN, PAIR, TRUNCATIONS, is_
 
 SETTINGS_FILE = "training.json"
 OWN_SETTING = "dataset_sha256"  # is in each of ours
-# what the file holds of the settings of a run
+# what the file holds of the settings of a run, and of its data
 REMEMBERED = (
     "dataset_config",
     "seed",
@@ -31,6 +31,11 @@ REMEMBERED = (
     "label_column",
     "label_separator",
     "positive_class",
+    "merge_rare",
+    "rare_classes",
+    "cut",
+    "test_sha256",
+    "baseline",
 )
 
 
@@ -53,10 +58,13 @@ class SavedSettings:
     cut: list[str] | None = None  # splits that were cut from the training split
     test_sha256: str | None = None  # of the texts of the test split, if it was cut
     baseline: Label | None = None  # the answer of a baseline, such as the most frequent class
+    rare_classes: tuple[str, ...] = ()  # that were left out of the training, or made one class:
+    merge_rare: str | None = None  # its name
 
 
 def write_settings(folder: Path, settings: dict, thresholds: list[float] | None) -> None:
-    """Write what is remembered of a run's settings, and the thresholds of labels, beside its model.
+    """Write what is remembered of a run's settings and data, and the thresholds of labels, beside its
+    model.
 
     The path of the data set is nobody else's business: a SHA-256 of its name stands for it.
     """
@@ -78,15 +86,6 @@ def save_temperature(folder: Path, temperature: float) -> None:
     if settings.get("thresholds"):
         settings["thresholds"] = moved_thresholds(settings["thresholds"], temperature)
     settings["temperature"] = temperature
-    replace_file(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
-
-
-def save_outcome(folder: Path, answer: Label, cut: list[str], test_sha256: str | None) -> None:
-    """Add the answer of a baseline to a saved model, and which splits were cut, by which `--evaluate-only`
-    finds the same test split.
-    """
-    own = {"baseline": answer, "cut": cut, "test_sha256": test_sha256}
-    settings = {**_read_json(folder, str(folder)), **own}
     replace_file(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
 
@@ -112,6 +111,8 @@ def read_settings(folder: Path, name: str) -> SavedSettings:
         cut=settings.get("cut"),
         test_sha256=settings.get("test_sha256"),
         baseline=settings.get("baseline"),
+        rare_classes=tuple(settings.get("rare_classes", ())),
+        merge_rare=settings.get("merge_rare"),
     )
 
 
@@ -121,6 +122,7 @@ def _read_json(folder: Path, name: str) -> dict:
     settings = model_files.read_json(path, f"--model {name}") if path.is_file() else {}
     if OWN_SETTING not in settings:  # on the Hub, others may call a file of theirs so
         return {}
+    rare = settings.get("rare_classes", [])
     split_seed, thresholds = settings.get("split_seed"), settings.get("thresholds", [])
     temperature = settings.get("temperature", 1.0)
     is_known = {
@@ -134,6 +136,8 @@ def _read_json(folder: Path, name: str) -> dict:
         "label_column": isinstance(settings.get("label_column", ""), str),
         "cut": settings.get("cut") in (None, [], ["validation"], ["test"], ["validation", "test"]),
         "label_separator": isinstance(settings.get("label_separator"), str | None),
+        "rare_classes": isinstance(rare, list) and all(isinstance(name, str) for name in rare),
+        "merge_rare": isinstance(settings.get("merge_rare"), str | None),
     }
     for setting, is_usable in is_known.items():
         if not is_usable:

@@ -228,6 +228,56 @@ def test_rare_classes_become_one(run, tmp_path):
     assert code == 2 and "--drop-rare 100" in said
 
 
+@pytest.mark.parametrize(
+    "flags, said_of_it, scored",
+    [
+        (("--drop-rare", 5), "rare classes, left out with 12 rows: rare0, rare1, rare2, rare3", 5),
+        (("--merge-rare", "other", "--drop-rare", 5), "rare classes, one class 'other' of 12 rows: rare0", 6),
+    ],
+    ids=["dropped", "merged"],
+)
+def test_rare_classes_are_scored_as_they_were_trained(flags, said_of_it, scored, run, tmp_path):
+    """Those that the training left out are left out again, or make one class again: they are not
+    found by counting once more, and no other class is treated so.
+    """
+    source, folder = tmp_path / "rare.csv", tmp_path / "run"
+    rows = [*make_sentences(48), *((f"a rare text {n}", f"rare{n % 4}") for n in range(12))]
+    source.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    code, printed, said = run(source, *flags, "--output-dir", folder, *SHORT[:2], *SHORT[-2:])
+    assert code == 0, said
+    loss = json.loads((folder / "metrics.json").read_text())["test_loss"]
+    score = ["--model", folder / "best", "--evaluate-only"]
+    for given in ((), flags):
+        code, printed, said = run(source, *score, *given)
+        assert code == 0 and said_of_it in printed and f"{scored} texts of its test split" in printed, said
+        assert f"loss {loss:.4f}" in printed
+    other = tmp_path / "other.csv"
+    other.write_text("text,label\na good film,pos\nbad,rare3\nawful,neg\n")
+    code, printed, said = run(other, *score)
+    left = 3 if "other" in flags else 2
+    assert code == 0 and f"{left} texts of its train split" in printed and "rare3" in printed, said
+    other.write_text("text,label\na good film,pos\nawful,never\n")
+    code, printed, said = run(other, *score)
+    assert code == 2 and "'never' is not one of the classes" in said, said
+
+
+def test_a_model_that_remembers_no_rare_classes_is_told_by_flags(run, tmp_path):
+    source, folder = tmp_path / "train.csv", tmp_path / "run"
+    rows = "".join(f"{text},{label}\n" for text, label in make_sentences(40))
+    source.write_text(f"text,label\n{rows}")
+    code, _, said = run(source, "--output-dir", folder, *SHORT)
+    assert code == 0, said
+    other = tmp_path / "other.csv"
+    other.write_text("text,label\na good film,pos\nbad,rare\nawful,neg\n")
+    score = ["--model", folder / "best", "--evaluate-only"]
+    code, printed, said = run(other, *score, "--drop-rare", 3)
+    assert code == 0 and "2 texts" in printed and "left out with 1 row: rare" in printed, said
+    code, printed, said = run(other, *score, "--merge-rare", "neg")
+    assert code == 0 and "3 texts" in printed and "one class 'neg' of 1 row: rare" in printed, said
+    code, printed, said = run(other, *score, "--merge-rare", "rest")
+    assert code == 2 and "--merge-rare rest: " in said and "neg, pos" in said, said
+
+
 def test_labels_that_training_lacks_are_faults_of_the_other_splits(run, tmp_path):
     folder = tmp_path / "splits"
     folder.mkdir()

@@ -679,7 +679,7 @@ def test_scoring_on_classes_that_the_model_does_not_know(refused, trained, tmp_p
         tmp_path / "rows.csv",
         "--model",
         trained,
-        parts=("split train, row 2", "'meh'", "the model's classes (neg, pos)", "correct or remove"),
+        parts=("split train, row 2", "'meh'", "the model's training (neg, pos)", "correct or remove"),
     )
 
 

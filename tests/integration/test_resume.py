@@ -290,6 +290,8 @@ def test_a_time_limit_saves_evaluates_and_says_how_to_go_on(kind, share, forked,
     assert (tmp_path / "run" / "checkpoints" / f"step-{int(step):08}").is_dir()
     assert (tmp_path / "run" / "best" / "model.safetensors").exists()
     assert not (tmp_path / "run" / "report.md").exists()
+    told = json.loads((tmp_path / "run" / "best" / "training.json").read_text())
+    assert told["cut"] == ["validation", "test"] and told["test_sha256"], "for --evaluate-only"
     assert set(forked.run(tmp_path / "run", "--resume", tmp_path / "run", kind=kind)) == {0}, forked.said()
     assert f"after step {step}" in forked.said("stdout")
     assert differing(tmp_path / "run", folder) == []
