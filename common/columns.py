@@ -66,6 +66,21 @@ def find_kept(
     return list(kept)
 
 
-def names_beside(kept: Iterable[str], own: Collection[str]) -> list[str]:
-    """Return the names under which columns stand beside our `own` ones."""
-    return [GIVEN + name if name in own else name for name in kept]
+def names_beside(kept: Sequence[str], own: Collection[str]) -> list[str]:
+    """Return the names under which columns stand beside our `own` ones, each of them once."""
+    taken = [*own, *kept]
+    names = []
+    for name in kept:
+        names.append(unused_name(GIVEN + name, taken) if name in own else name)
+        taken.append(names[-1])
+    return names
+
+
+def unused_name(wanted: str, taken: Iterable[str]) -> str:
+    """Return the wanted column name, with "_" added until it is none of `taken`. SQL ignores case,
+    and so does this.
+    """
+    lowered = [name.lower() for name in taken]
+    while wanted.lower() in lowered:
+        wanted += "_"
+    return wanted

@@ -18,12 +18,13 @@ import numpy as np
 import pyarrow as pa
 
 from common import sources
+from common.columns import unused_name
 from common.errors import UserError, printable, shorten
 from common.files import check_new, named_in_errors, only_writer
 from common.search.index import Snapshot
 from common.search.manifest import PAIR_COLUMNS
 from common.search.screen import Screen
-from common.search.segments import CHUNK, ID, NUM_CHUNKS, OWN_NAMES, ROW, START, TEXT, unused_name
+from common.search.segments import CHUNK, ID, NUM_CHUNKS, OWN_NAMES, ROW, START, TEXT
 from common.terminal import cut, room
 
 if TYPE_CHECKING:  # a command shows only what it has loaded itself

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from common.columns import unused_name
 from common.errors import reading
 from common.files import sync_file
 from common.search.manifest import (
@@ -446,16 +447,6 @@ def text_array(texts: Sequence[str | None]) -> pa.Array:
     known = np.packbits(np.array([text is not None for text in texts], bool), bitorder="little")
     buffers = [pa.py_buffer(part) for part in (known, ends, b"".join(contents))]
     return pa.Array.from_buffers(pa.large_string(), len(texts), buffers)
-
-
-def unused_name(wanted: str, taken: list[str]) -> str:
-    """Return the wanted column name, with "_" added until it is none of `taken`. SQL ignores case,
-    and so does this.
-    """
-    lowered = [name.lower() for name in taken]
-    while wanted.lower() in lowered:
-        wanted += "_"
-    return wanted
 
 
 def exported_names(settings: Settings, columns: list[str]) -> dict[str, str]:

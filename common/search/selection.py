@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.columns import unused_name
 from common.errors import UserError, one_line
 from common.search.index import Snapshot
 from common.search.manifest import DEFAULT_LIMITS, Limits
-from common.search.segments import CHUNK, HASH, ID, RESERVED_COLUMNS, TEXT, number_array, unused_name
+from common.search.segments import CHUNK, HASH, ID, RESERVED_COLUMNS, TEXT, number_array
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

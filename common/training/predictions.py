@@ -81,9 +81,15 @@ def with_columns(columns: pa.Table | None, answers: list[dict]) -> list[dict]:
     """Return answers with the cells of the kept columns before them."""
     if columns is None or not columns.column_names:
         return answers
-    names = names_beside(columns.column_names, OWN_COLUMNS)
+    names = _kept_names(columns, answers)
     rows = zip(*(column.to_pylist() for column in columns.columns))
     return [{"row": answer["row"], **dict(zip(names, row)), **answer} for row, answer in zip(rows, answers)]
+
+
+def _kept_names(columns: pa.Table, answers: list[dict]) -> list[str]:
+    """Return the names of the kept columns beside those of answers, the same in every kind of file."""
+    own = [*OWN_COLUMNS, *_flat(answers[0])]
+    return names_beside(columns.column_names, own)
 
 
 def write_csv(path: Path, answers: list[dict]) -> None:
@@ -242,7 +248,7 @@ def _arrow_block(answers: list[dict], columns: pa.Table | None) -> bytes:
         labels = pa.array(table["labels"].to_pylist(), pa.list_(pa.string()))
         table = table.set_column(table.column_names.index("labels"), "labels", labels)
     if columns is not None:
-        names = names_beside(columns.column_names, table.column_names)
+        names = _kept_names(columns, answers)
         for position, (name, column) in enumerate(zip(names, columns.columns), start=1):
             table = table.add_column(position, name, column)
     sink = pa.BufferOutputStream()

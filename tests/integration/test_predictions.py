@@ -87,6 +87,31 @@ def test_all_columns_stay_also_on_the_screen(table, predict, tmp_path):
     assert "text" not in first
 
 
+def test_columns_with_the_names_of_answers_are_neither_lost_nor_doubled(predict, tmp_path):
+    """Each has the same other name in every kind of file, and on the screen."""
+    source, answers = tmp_path / "new.csv", ["label", "scores", "score_LABEL_0", "row", "prediction"]
+    columns = ["text", *answers, "given_label", "given_row", "given_row_"]
+    lines = [columns, *([f"{text} {name}" for name in columns] for text in ("good", "bad"))]
+    source.write_text("".join(",".join(cells) + "\n" for cells in lines))
+    names = dict(zip(columns[1:], columns[1:]))
+    names |= {name: f"given_{name}" for name in ("scores", "score_LABEL_0", "prediction")}
+    names |= {"label": "given_label_", "row": "given_row__"}
+    _, printed, _ = predict(source, "--keep-columns", "all")
+    (screen := tmp_path / "screen.jsonl").write_text(printed)
+    outputs = [screen]
+    for ending in predictions.ENDINGS:
+        outputs.append(tmp_path / f"answers{ending}")
+        assert predict(source, "--keep-columns", "all", "--output", outputs[-1])[0] == 0
+    for output in outputs:
+        rows = read(output)
+        own = ["label", "confidence", "score_LABEL_0", "score_LABEL_1"]
+        assert list(rows[0]) == ["row", *names.values(), *own], output
+        for text, row in zip(("good", "bad"), rows, strict=True):
+            assert {name: row[name] for name in names.values()} == {
+                name: f"{text} {column}" for column, name in names.items()
+            }
+
+
 @pytest.mark.parametrize("ending", predictions.ENDINGS)
 def test_what_a_kill_has_left_is_gone_on_with(ending, table, predict, tmp_path, monkeypatch):
     for module in (train_classifier, evaluation):

@@ -77,6 +77,11 @@ def test_columns_stay_beside_the_texts(ending, written, tmp_path):
     every, _ = written(*flags, "--keep-columns", "all")
     assert [(line["id"], str(line["stars"])) for line in every] == [cell[:2] for cell in cells]
     assert all("given_text" not in line for line in every)  # it is the prompt
+    other = [{**row, "given_prompt": "g"} for row in ROWS]
+    both, _ = written(
+        "--prompts-file", write_table(tmp_path / f"other{ending}", other), "--keep-columns", "all"
+    )
+    assert [(line["given_prompt"], line["given_prompt_"]) for line in both] == [("g", "p")] * len(ROWS)
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
