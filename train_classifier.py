@@ -759,18 +759,12 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
         faults=faults,
     ) as texts:
         bad = texts.check()
-        if faults and runtime.is_main:
-            unusable = f"{counted(len(faults), 'row')} can't be used"
-            if args.output is None:
-                first = faults[0]
-                note(f"{unusable}, the first is {first.source}, row {first.row}: {first.problem}")
-            else:
-                path = predictions.bad_rows_file(Path(args.output))
-                predictions.write_bad_rows(path, faults)
-                note(f"{unusable}: left out, see {path}")
         if args.output is not None:
             write_predictions(model, texts, bad, args, runtime)
             return
+        if faults and runtime.is_main:
+            unusable, first = f"{counted(len(faults), 'row')} can't be used", faults[0]
+            note(f"{unusable}, the first is {first.source}, row {first.row}: {first.problem}")
         for block in texts.blocks(PREDICT_BLOCK, without=bad):
             answers = list(predict_texts(model, block.texts, block.rows, runtime))
             for line in predictions.with_columns(block.columns, answers):
@@ -802,6 +796,10 @@ def write_predictions(
         if file.is_complete:
             runtime.say(f"{args.output} is complete already")
             return
+        if texts.faults and runtime.is_main:
+            path = predictions.bad_rows_file(Path(args.output))
+            predictions.write_bad_rows(path, texts.faults)
+            note(f"{counted(len(texts.faults), 'row')} can't be used: left out, see {path}")
         for block in texts.blocks(PREDICT_BLOCK, without=bad, skipped=file.num_rows):
             file.add(list(predict_texts(model, block.texts, block.rows, runtime)), block.columns)
         file.finish()

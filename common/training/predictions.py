@@ -1,5 +1,6 @@
 """The file of predictions: JSON lines, CSV or Parquet, written block by block beside its name and
-moved to it when it is complete, so that a prediction that was killed can go on.
+moved to it when it is complete, so that a prediction that was killed can go on. A file of progress stays
+beside it, which tells what it comes from.
 
 Importing it is quick: `check_output` is called before PyTorch is loaded.
 """
@@ -58,10 +59,10 @@ def check_output(name: str, *, resume: bool) -> None:
         return
     if path.exists():
         raise UserError(f"--output {name}: it exists; name another file, or remove it")
-    if progress(path).exists():
+    if partial(path).exists():
         raise UserError(
             f"--output {name}: a part of it has been written; add --resume to go on, or remove"
-            f" {progress(path).name}"
+            f" {partial(path).name}"
         )
 
 
@@ -147,7 +148,7 @@ class Predictions:
             _write_parquet(partial(self.output), source)
         os.replace(source, self.output)
         sync_folder(self.output.parent)
-        progress(self.output).unlink()
+        replace_file(progress(self.output), json.dumps(self.state | {"is_complete": True}))
         partial(self.output).unlink(missing_ok=True)
 
 
@@ -155,8 +156,8 @@ class Predictions:
 def open_predictions(name: str, *, identity: dict, resume: bool, runtime: Runtime) -> Iterator[Predictions]:
     """Yield the file of predictions to go on with, which one process of a job writes.
 
-    Raises UserError when the part that is there was written with another `identity`: from other
-    texts, by another model or with other flags.
+    Raises UserError when what is there was written with another `identity`: from other texts, by
+    another model or with other flags.
     """
     output = Path(name)
     with contextlib.ExitStack() as stack:
@@ -164,9 +165,9 @@ def open_predictions(name: str, *, identity: dict, resume: bool, runtime: Runtim
         def find_state() -> dict:
             stack.enter_context(only_writer(output, flag="--output"))
             check_output(name, resume=resume)
-            if progress(output).exists():
-                return _read_state(output, identity)
-            return {"identity": identity, "rows": 0, "bytes": 0, "is_complete": output.exists()}
+            if not output.exists() and not partial(output).exists():
+                return {"identity": identity, "rows": 0, "bytes": 0}
+            return _read_state(output, identity)
 
         state = runtime.broadcast_from_main(find_state)
         if not runtime.is_main or state.get("is_complete"):
@@ -181,8 +182,12 @@ def open_predictions(name: str, *, identity: dict, resume: bool, runtime: Runtim
 
 
 def _read_state(output: Path, identity: dict) -> dict:
-    path = progress(output)
-    damaged = UserError(f"--output {output}: {path.name} is damaged; remove it to begin again")
+    path, is_complete = progress(output), output.exists() and not partial(output).exists()
+    remove = f"remove {path.name} and {partial(output).name}"
+    if is_complete:
+        remove = "remove it, or name another file"
+    problem = f"{path.name}, which tells what it comes from, is missing or damaged"
+    damaged = UserError(f"--output {output}: {problem}; {remove}")
     try:
         state = read_json(path)
         size = partial(output).stat().st_size if partial(output).exists() else 0
@@ -192,13 +197,12 @@ def _read_state(output: Path, identity: dict) -> dict:
         raise damaged from error
     changed = [key for key in {**before, **identity} if before.get(key) != identity.get(key)]
     if changed:
-        raise UserError(
-            f"--output {output}: its part was written with another {', '.join(sorted(changed))};"
-            f" use the same again, or remove {path.name}"
-        )
-    if not is_whole or size < state["bytes"]:
+        what = "it" if is_complete else "its part"
+        problem = f"{what} was written with another {', '.join(sorted(changed))}"
+        raise UserError(f"--output {output}: {problem}; use the same again, or {remove}")
+    if not is_whole or (size < state["bytes"] and not is_complete):
         raise damaged
-    return state
+    return {**state, "is_complete": is_complete}
 
 
 # Blocks of rows -----------------------------------------------------------------------------------

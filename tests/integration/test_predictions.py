@@ -77,7 +77,8 @@ def test_ids_and_other_columns_stay_as_they_are_written(ending, table, predict, 
         assert (row["row"], row["id"], row["stars"]) == (number + 1, f"{number:03}", f"{number}.50")
         assert (row["given_label"], row["label"]) == (label, answer["label"])
         assert {f"score_{name}": score for name, score in answer["scores"].items()}.items() <= row.items()
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([output.name, table.name])
+    kept = [output, predictions.progress(output), table]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in kept)
 
 
 def test_all_columns_stay_also_on_the_screen(table, predict, tmp_path):
@@ -158,6 +159,30 @@ def test_a_part_from_elsewhere_is_not_gone_on_with(table, predict, tmp_path, mon
         change()
         code, _, said = predict(table, "--output", output, "--resume")
         assert (code == 2 and part in said) if part else code == 0, said
+
+
+def test_a_complete_file_of_other_texts_or_another_model_is_not_taken_for_this_one(
+    table, predict, tmp_path, tiny_model
+):
+    output, other = tmp_path / "answers.csv", tmp_path / "other.csv"
+    assert predict(table, "--output", output)[0] == 0
+    content = output.read_bytes()
+    other.write_text(table.read_text().replace("good", "fine") + "\nlacks,,pos,1\n")
+    for source, flags, parts in [
+        (other, ["--skip-bad"], ("was written with another text;", "name another file")),
+        (table, ["--keep-columns", "id"], ("was written with another --keep-columns;",)),
+    ]:
+        code, printed, said = predict(source, *flags, "--output", output, "--resume")
+        assert (code, printed, said.count("\n")) == (2, "", 1) and all(part in said for part in parts), said
+        assert output.read_bytes() == content and not predictions.bad_rows_file(output).exists()
+    predictions.progress(output).unlink()
+    code, _, said = predict(table, "--output", output, "--resume")
+    assert code == 2 and "answers.csv.progress" in said and output.read_bytes() == content, said
+    output.unlink()
+    for flags in ([], ["--resume"]):  # what stays does not stand in the way of a new file
+        assert predict(table, "--output", output, *flags)[0] == 0
+        assert output.read_bytes() == content
+        output.unlink()
 
 
 @pytest.mark.parametrize(
