@@ -104,8 +104,11 @@ def grid_axis(text: str) -> str:
 
 
 def is_study(args: argparse.Namespace) -> bool:
-    """Tell whether the flags ask for several runs."""
-    return args.seeds is not None or bool(args.grid) or isinstance(args.lr, list)
+    """Tell whether the flags ask for several runs, or for more of a study."""
+    if args.seeds is not None or bool(args.grid) or isinstance(args.lr, list):
+        return True
+    folder = args.resume or args.output_dir
+    return args.resume is not None and folder is not None and (Path(folder) / STUDY).is_file()
 
 
 def make_plan(
@@ -113,21 +116,24 @@ def make_plan(
 ) -> Study:
     """Return the runs that the flags ask for; nothing is written yet.
 
-    A new folder is called after `name` and the time unless the flags name it. Raises UserError for
-    axes that can't be varied, and when the folder holds something else than this study.
+    A new folder is called after `name` and the time unless the flags name it. A study that is resumed
+    has its own seeds and values besides those that the flags name. Raises UserError for axes that
+    can't be varied, and when the folder holds something else than this study.
     """
-    axes = _axes(parser, args)
-    seeds = [args.seed] if args.seeds is None else args.seeds
+    folder = Path(args.resume or args.output_dir or new_run_folder(None, name))
+    axes, seeds = _axes(parser, args), [args.seed] if args.seeds is None else args.seeds
     for flag, values in {"seeds": list(map(str, seeds)), **axes}.items():
         if len(set(values)) < len(values):
             shown = f"--{_flag(flag)} {' '.join(values)}"
             raise UserError(f"{shown}: one of them twice; give each once")
+    if args.resume is not None:
+        args = _joined(parser, args, folder)
+        axes, seeds = _axes(parser, args), args.seeds
     given = {
         flag: value
         for flag, value in vars(args).items()
         if value != parser.get_default(flag) and flag not in {*not_settings, "output_dir"}
     }
-    folder = Path(args.resume or args.output_dir or new_run_folder(None, name))
     runs = list(_plan_runs(parser, folder, given, axes, seeds))
     study = Study(folder, runs, given, args.best_metric)
     if len({run.folder for run in study.runs}) < len(study.runs):
@@ -137,6 +143,33 @@ def make_plan(
     else:
         _require_same_study(study, axes)
     return study
+
+
+def _joined(parser: cli.Parser, args: argparse.Namespace, folder: Path) -> argparse.Namespace:
+    """Return the flags of a study that is resumed, with its seeds and the values of its axes before
+    those that the flags add. Raises UserError where there is no study.
+    """
+    if not (folder / STUDY).is_file():
+        raise UserError(
+            f"--resume: {folder} holds no study; leave --resume out to start one, or --seeds,"
+            " --grid and all but one --lr to continue a run"
+        )
+    before = read_study(folder)
+    flags, result = before["flags"], argparse.Namespace(**vars(args))
+    seeds = flags.get("seeds") or [flags.get("seed", parser.get_default("seed"))]
+    result.seeds = list(dict.fromkeys([*seeds, *(args.seeds or ())]))
+    if isinstance(flags.get("lr"), list):
+        added = args.lr if isinstance(args.lr, list) else [args.lr]
+        result.lr = list(dict.fromkeys([*flags["lr"], *added]))
+    if args.grid:
+        now = {name: values for name, values in _axes(parser, args).items() if name in _grid_names(args)}
+        both = {name: dict.fromkeys([*before["axes"].get(name, ()), *now[name]]) for name in now}
+        result.grid = [f"{_flag(name)}={','.join(values)}" for name, values in both.items()]
+    return result
+
+
+def _grid_names(args: argparse.Namespace) -> list[str]:
+    return [text.partition("=")[0].replace("-", "_") for text in args.grid]
 
 
 def _plan_runs(
@@ -196,14 +229,7 @@ def _as_flags(parser: cli.Parser, setting: dict[str, str]) -> list[str]:
 
 
 def _require_same_study(study: Study, axes: dict[str, list[str]]) -> None:
-    """Raise UserError, naming what differs, when a study is continued with other flags; more seeds
-    and more values of an axis are welcome.
-    """
-    if not (study.folder / STUDY).is_file():
-        raise UserError(
-            f"--resume: {study.folder} holds no study; leave --resume out to start one, or --seeds,"
-            " --grid and all but one --lr to continue a run"
-        )
+    """Raise UserError, naming what differs, when a study is continued with other flags."""
     before = read_study(study.folder)
     varying = {*axes, "seeds", "grid", "lr"}
     flags = [

@@ -148,12 +148,19 @@ def test_a_study_goes_on_where_it_stopped_and_repeats_no_finished_run(
         parse(*flags, "--seeds", 0)
     run(stand_in, "--resume", folder)
     assert starts(folder) == {"lr-0.1/seed-0": 2, "lr-0.2/seed-0": 1}
-    run(stand_in, "--resume", folder, "--seeds", 0, 1)
+    capsys.readouterr()
+    run(stand_in, "--resume", folder, "--seeds", 1)
+    assert "best setting by validation loss: lr 0.1\n" in (screen := capsys.readouterr().out)
+    assert "0.5500 ± " in screen and "0.8000 ± " in screen, "of both seeds"
     assert starts(folder) == {
         "lr-0.1/seed-0": 2, "lr-0.1/seed-1": 1, "lr-0.2/seed-0": 1, "lr-0.2/seed-1": 1
     }  # fmt: skip
     run(stand_in, "--resume-or-start", *flags, "--seeds", 0, 1)
     assert sum(starts(folder).values()) == 5
+    joined = train_classifier.plan_study(parse("--resume", folder, "--lr", 0.3, "--seeds", 7))
+    assert [run.describe() for run in joined.runs] == [
+        f"lr 0.{rate}, seed {seed}" for rate in (1, 2, 3) for seed in (0, 1, 7)
+    ]
     for changed, named in (
         (["--epochs", 9], "--epochs was None, is 9"),
         (["--grid", "batch-size=1,2"], "that are varied were lr, are batch-size, lr"),
