@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import itertools
 import json
 import os
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 # seed, which has a flag of its own
 NOT_IN_GRIDS = ("output_dir", "cache_dir", "seed", "seeds", "grid", "keep", "keep_after")
 NOT_IN_GRIDS += ("max_minutes",)
-STOPPED = (129, 130, 143)  # exit codes of a run that a signal has stopped
+STOPPED = (129, 130, 143, -1, -2, -15)  # exit codes of a run that a signal has stopped, or ended at its start
 TABLES = ("runs.csv", "study.csv", "study.tex")
 POLL_SECONDS = 0.1
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
@@ -329,6 +330,8 @@ class Runner:
                 log = run.folder.with_name(f"{run.folder.name}.log")
                 log.parent.mkdir(parents=True, exist_ok=True)
                 output = files.enter_context(open(log, "a", encoding="utf-8"))
+            # a signal that comes before the process is known would not be passed on to it
+            before = files.enter_context(_blocked(cli.stop_signals()))
             process = subprocess.Popen(
                 [sys.executable, str(self.script), *flags],
                 stdin=subprocess.DEVNULL,
@@ -336,9 +339,9 @@ class Runner:
                 stderr=output,
                 env=environment,
                 process_group=0,  # Ctrl-C comes to this process alone, which passes it on once
-                preexec_fn=_end_with_parent,
+                preexec_fn=functools.partial(_end_with_parent, os.getpid(), before),
             )
-        self.running[slot] = process, run
+            self.running[slot] = process, run
 
     def _collect(self) -> None:
         """Take note of the processes that have ended."""
@@ -379,12 +382,29 @@ class Runner:
                 process.send_signal(number)
 
 
-def _end_with_parent() -> None:
-    """Let a run save and stop when its study's process is killed, where the system can."""
+@contextlib.contextmanager
+def _blocked(signals: Sequence[signal.Signals]) -> Iterator[set[int]]:
+    """Let signals wait until the end of the block; yield those that waited before."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield before
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent(parent: int, blocked: set[int]) -> None:
+    """Let a run, before it begins, save and stop when its study's process is killed, where the system
+    can; then let it have the signals that the study has blocked for its start.
+    """
+    for number in cli.stop_signals():  # the handlers of the study are not the run's
+        signal.signal(number, signal.SIG_DFL)
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGTERM)
+        if os.getppid() != parent:  # it has been killed before it could be told
+            os.kill(os.getpid(), signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def run_study(study: Study, script: Path, *, device: str, max_minutes: float | None) -> None:

@@ -237,6 +237,28 @@ def test_a_signal_stops_the_runs_and_says_how_to_go_on(number, code, stand_in, f
     assert starts(folder) == {"seed-0": 1}
 
 
+SIGNAL_AT_A_START = """
+import os, signal, subprocess
+class Popen(subprocess.Popen):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+subprocess.Popen = Popen
+"""
+
+
+def test_a_signal_that_comes_while_a_run_is_started_stops_it(stand_in, forking, tmp_path):
+    """It comes when the process is there and the study does not know it yet."""
+    folder, program = tmp_path / "s", tmp_path / "run_a_study.py"
+    program.write_text(SIGNAL_AT_A_START + RUN_A_STUDY)
+    command = [program, stand_in, "--seeds", 0, 1, "--output-dir", folder]
+    behaviour = {"BEHAVIOUR": "wait 0", "IDENTITIES": "{}"}
+    forking.begin(command=list(map(str, command)), environment=behaviour)
+    assert forking.wait() == [143], forking.said()
+    assert f"stopped by SIGTERM; continue with --resume {folder}" in forking.said()
+    assert not (folder / "seed-0" / "metrics.json").exists() and not (folder / "seed-1").exists()
+
+
 @pytest.mark.timeout(600)  # two processes that import everything, on a machine that may be busy
 @pytest.mark.slow
 def test_runs_of_a_study_are_those_of_single_commands_to_the_bit(
