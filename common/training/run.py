@@ -235,10 +235,23 @@ def _named_run(output_dir: str | None, resume: str | None) -> RunLocation | None
     is_in_checkpoints = path.absolute().parent.name == CHECKPOINTS
     is_checkpoint = path.name.startswith(CHECKPOINT_PREFIX) and is_in_checkpoints
     folder = Path(os.path.normpath(path / ".." / "..")) if is_checkpoint else path
+    _refuse_model(folder)
     if output_dir is not None and Path(output_dir).resolve() != folder.resolve():
         problem = f"--resume {resume} continues in {folder}"
         raise UserError(f"--output-dir {output_dir}: {problem}; leave one of the two out")
     return RunLocation(folder, is_resumed=True, checkpoint=path if is_checkpoint else None)
+
+
+def _refuse_model(folder: Path) -> None:
+    """Raise UserError for the folder of a saved model, such as best/ of a run."""
+    if not (folder / CONFIG).is_file() or not any(folder.glob("*.safetensors")):
+        return
+    run = next((parent for parent in folder.parents if (parent / CONFIG).is_file()), None)
+    if run is None:
+        problem, advice = "this is a saved model, and no run", "train it further with --model"
+    else:
+        problem, advice = f"this is the model of the run {run}", f"--resume {run} continues the run"
+    raise UserError(f"--resume {folder}: {problem}; {advice}")
 
 
 def new_run_folder(output_dir: str | None, name: str) -> Path:

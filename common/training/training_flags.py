@@ -39,6 +39,7 @@ from common.training.run import (
     require_same_flags,
     resumed_flags,
 )
+from common.training.saved_settings import SavedSettings, name_sha256, read_settings
 
 # flags that are no settings of a run: they choose what to do instead of it, or where to continue
 INSTEAD = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "compare")
@@ -51,7 +52,7 @@ NOT_SETTINGS = (*INSTEAD, *OF_PREDICTIONS, "resume", "resume_or_start", "seeds",
 
 def make_parser(description: str | None = None) -> cli.Parser:
     """Return the parser of all flags, with their defaults."""
-    after = {"check": check_flags, "complete": flags_of_resumed_run}
+    after = {"check": check_flags, "complete": flags_besides}
     example = "--dataset reviews.csv"
     parser = cli.Parser(prog="train_classifier.py", description=description, example=example, **after)
     cli.add_shared_flags(parser, model="bundled/all-MiniLM-L6-v2")
@@ -325,9 +326,14 @@ def add_other_work_flags(parser: cli.Parser) -> None:
 # What they show at once ---------------------------------------------------------------------------
 
 
-def flags_of_resumed_run(parser: cli.Parser, argv: Sequence[str]) -> list[str]:
-    """Return the flags of the run that is to be continued, but for those in `argv`."""
+def flags_besides(parser: cli.Parser, argv: Sequence[str]) -> list[str]:
+    """Return the flags of the run that is to be continued, but for those in `argv`. Raises UserError
+    when --evaluate-only is given without the data that the model needs.
+    """
     given = parser.given(argv)
+    if given.get("evaluate_only") and given.keys().isdisjoint(("dataset", "test_file")):
+        model, dataset = given.get("model", parser.get_default("model")), parser.get_default("dataset")
+        require_trained_on(dataset, model)
     if any(given.get(name) for name in INSTEAD):
         return []
     resume, saved = resumed_flags(given)
@@ -340,6 +346,20 @@ def flags_of_resumed_run(parser: cli.Parser, argv: Sequence[str]) -> list[str]:
     }
     others = {name: value for name, value in saved.items() if name not in not_saved}
     return parser.as_flags({"resume": resume, **others})
+
+
+def require_trained_on(dataset: str, model: str) -> None:
+    """Raise UserError unless a saved model was trained on the default data set; for a name that can be
+    no model, `check_flags` does.
+    """
+    try:
+        sources.check_model(model, kind="encoder")
+    except UserError:
+        return
+    settings = read_settings(Path(model), model) if Path(model).is_dir() else SavedSettings()
+    if settings.dataset_sha256 != name_sha256(dataset):
+        problem = f"{model} is not known to be trained on {dataset}, its default"
+        raise UserError(f"--evaluate-only: {problem}; name the data to score it on with --dataset")
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -361,6 +381,9 @@ def check_flags(args: argparse.Namespace) -> None:
             )
         kind = bundled.MODELS.get(args.compare_tokenizer, "encoder")
         sources.check_model(args.compare_tokenizer, kind=kind, flag="--compare-tokenizer")
+    if args.calibrate and (args.evaluate_only or args.predict is not None):
+        problem = "it belongs to a training, and a saved model has the temperature of its own"
+        raise UserError(f"--calibrate: {problem}; leave it out")
     if not args.evaluate_only and args.predict is None:  # else as the saved model was trained
         check_text_columns(args.text_column or TEXT_COLUMN, args.text_mode)
     is_table = cli.file_options(args).is_table

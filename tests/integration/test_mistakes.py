@@ -30,6 +30,7 @@ from transformers import (
 
 import train_classifier
 from common import cli
+from common.training.saved_settings import name_sha256
 from conftest import (
     ROOT,
     exit_code_in_process,
@@ -619,6 +620,30 @@ def test_the_folder_of_a_run_in_the_place_of_its_model(mode, refused, trained, s
     source = [] if "--predict" in mode else ["--dataset", sentences_csv]
     parts = (f"--model {trained.parent}", f"its model is {trained}")
     refused(*mode, "--model", trained.parent, *source, parts=parts)
+
+
+@pytest.mark.parametrize(
+    "place", [lambda best: best, lambda best: next((best.parent / "checkpoints").iterdir()) / "best"]
+)
+def test_a_model_in_the_place_of_its_run(place, refused, trained):
+    parts = ("the model of the run", f"--resume {trained.parent} continues")
+    refused("--resume", place(trained), parts=parts)
+
+
+def test_a_model_of_other_data_is_not_scored_on_the_default(refused, trained):
+    refused(
+        "--evaluate-only", "--model", trained, parts=(f"{trained} is not known", "name the data", "--dataset")
+    )
+    settings = trained / "training.json"
+    told = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**told, "dataset_sha256": name_sha256("bundled/bbc-news")}))
+    refused("--evaluate-only", "--model", trained, parts=("the label 'business' is not one",))
+    settings.write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("mode", [["--predict", __file__], ["--evaluate-only", "--test-file", __file__]])
+def test_a_saved_model_is_not_calibrated(mode, refused, trained):
+    refused(*mode, "--model", trained, "--calibrate", parts=("--calibrate", "belongs to a training"))
 
 
 @pytest.mark.parametrize("mode", [["--predict", __file__], ["--evaluate-only"]])
