@@ -34,7 +34,7 @@ from common.columns import kept_by_flags
 from common.errors import Fault, Interrupted, UserError, counted, note
 from common.sources import FileOptions
 from common.training import predictions, study, training_flags
-from common.training.run import PAIR, RunLocation, check_task, check_text_columns, finished_runs
+from common.training.run import PAIR, RunLocation, check_task, finished_runs
 from common.training.training_flags import (
     commits_of,
     needs_no_model,
@@ -703,7 +703,6 @@ def saved_texts(saved: SavedModel, args: argparse.Namespace) -> TextConfig:
         texts = dataclasses.replace(texts, text_mode=trained.text_mode, join_with=trained.join_with)
     if args.text_column is None and trained.text_column is not None:
         texts = dataclasses.replace(texts, text_column=trained.text_column)
-    check_text_columns(texts.text_column, texts.text_mode)
     return texts
 
 
@@ -712,7 +711,7 @@ def saved_labels(saved: SavedModel, args: argparse.Namespace) -> LabelConfig:
     labels, trained = config_from_flags(LabelConfig, args), saved.settings
     if args.label_column is None and trained.label_column is not None:
         labels = dataclasses.replace(labels, label_column=trained.label_column)
-    if args.label_separator is None and len(labels.columns) == 1:
+    if args.label_separator is None and (len(labels.columns) == 1 or args.label_column is None):
         labels = dataclasses.replace(labels, label_separator=trained.label_separator)
     return labels
 

@@ -22,6 +22,20 @@ def split_columns(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
+def named_columns(text: str, names: Collection[str]) -> list[str]:
+    """Return which of the `names` in a header a flag names: one that it is as a whole, with commas and
+    spaces, else those between its commas.
+    """
+    if text in names:
+        return [text]
+    return [part if part in names else part.strip() for part in text.split(",")]
+
+
+def candidates(text: str) -> list[str]:
+    """Return all columns that a flag may name, which the header tells."""
+    return list(dict.fromkeys([text, *text.split(","), *split_columns(text)]))
+
+
 def require_column(names: Iterable[str], column: str, *, source: str, flag: str) -> None:
     """Raise UserError, naming `source` and the `flag` that names the column, unless `column` is
     one of `names`.

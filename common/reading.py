@@ -356,6 +356,14 @@ def check_columns(
             check_header(file, name, wanted, as_text=as_text, options=options, source=source)
 
 
+def names_at_once(name: str, wanted: Sequence[str], *, options: FileOptions) -> list[str]:
+    """Return the names of a file's columns, or none where `check_columns` can't see them."""
+    with open_if_plain(name, options) as file:
+        if file is None or not is_table(file, name, options):
+            return []
+        return _names_at_once(DataFile(file, name, options, tuple(wanted), None), wanted)
+
+
 @contextlib.contextmanager
 def open_if_plain(name: str, options: FileOptions) -> Iterator[BinaryIO | None]:
     """Yield a local file if it can be read as it is, else None. Raises UserError where it is no text."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from common import reading
-from common.columns import ROW, require_column, split_columns
+from common.columns import ROW, candidates, named_columns, require_column, split_columns
 from common.errors import Fault, UserError, counted, listed, quoted
 from common.runtime import Runtime
 from common.sources import FileOptions, is_blank
@@ -52,7 +52,15 @@ from common.training.labels import (
     tidy_labels,
     without_decimals,
 )
-from common.training.run import JOIN, MULTI, REGRESSION, SINGLE, TEXT_COLUMN
+from common.training.run import (
+    JOIN,
+    MULTI,
+    REGRESSION,
+    SINGLE,
+    TEXT_COLUMN,
+    check_label_columns,
+    check_text_columns,
+)
 from common.training.saved_settings import SavedSettings, name_sha256
 from common.training.task import DESCRIPTIONS, Task, task_of_rows
 
@@ -74,14 +82,25 @@ CUT_SHARE = 0.1  # of the source's training rows, for each split that is missing
 class TextConfig:
     """Which columns hold the texts; the fields are named as their flags."""
 
-    text_column: str = TEXT_COLUMN  # or several, separated by commas
+    text_column: str | tuple[str, ...] = TEXT_COLUMN  # with commas between several; a tuple: as in a header
     text_mode: str | None = None  # of several: PAIR, two texts that are read together; or JOIN
     join_with: str = " "
 
     @property
     def columns(self) -> list[str]:
         """The columns of the texts."""
-        return split_columns(self.text_column)
+        named = self.text_column
+        return split_columns(named) if isinstance(named, str) else list(named)
+
+    def among(self, names: Collection[str]) -> TextConfig:
+        """Return the config with the columns that it names in a header. Raises UserError unless it is
+        said what several are.
+        """
+        if not isinstance(self.text_column, str):
+            return self
+        columns = tuple(named_columns(self.text_column, names))
+        check_text_columns(columns, self.text_mode)
+        return dataclasses.replace(self, text_column=columns)
 
 
 @dataclass(frozen=True)
@@ -110,8 +129,18 @@ class DataConfig:
 
     @property
     def columns(self) -> list[str]:
-        """The columns of texts and labels, which stay as they are written."""
-        return [*self.texts.columns, *self.labels.columns]
+        """The columns that texts and labels may be in, which stay as they are written."""
+        named = (self.texts.text_column, self.labels.label_column)
+        return [name for text in named if isinstance(text, str) for name in candidates(text)]
+
+    def among(self, names: Collection[str]) -> DataConfig:
+        """Return the config with the columns of texts and labels that it names in a header. Raises
+        UserError for a count of them that other flags don't fit.
+        """
+        columns = tuple(named_columns(str(self.labels.label_column), names))
+        check_label_columns(columns, self.labels.label_separator)
+        labels = dataclasses.replace(self.labels, label_column=columns)
+        return dataclasses.replace(self, texts=self.texts.among(names), labels=labels)
 
 
 @dataclass
@@ -144,6 +173,7 @@ def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = 
     used = [id(rows) for rows in splits.values()]
     notes.unused = [str(name) for name, rows in source.items() if id(rows) not in used]
     splits |= _read_split_files(config, faults)
+    config = config.among(splits["train"].column_names)
     splits, notes.cleaned = tidy_labels(splits, config.labels)
     if "test" in splits and not has_labels(splits["test"], config.labels):
         notes.unlabelled = _unlabelled(splits.pop("test"), config.texts, faults)
@@ -251,6 +281,7 @@ def load_rows_for_scoring(
         source = _read_source(config, faults)
         others = {"train": config.train_split, "validation": config.validation_split}
         splits = choose_splits(source, {"test": config.test_split}) or choose_splits(source, others)
+    config = config.among(next(iter(splits.values())).column_names)
     known = dataclasses.replace(task, names=(*task.names, *trained.rare_classes))
     splits, _ = tidy_labels(splits, config.labels, known.names)
     if "test" in splits and not has_labels(splits["test"], config.labels):
@@ -318,7 +349,7 @@ def _rare_classes(
 
 def _names_beyond(splits: Splits, labels: LabelConfig, task: Task) -> list[str]:
     """Return the names of classes in the splits that are none of the task's."""
-    cells = {cell for rows in splits.values() for cell in cells_as_names(rows, labels.label_column)}
+    cells = {cell for rows in splits.values() for cell in cells_as_names(rows, labels.columns[0])}
     names = {name for name in cells if not (name is None or is_blank(name))}
     beyond = {without_decimals(name) for name in names if name not in task.names}
     return sorted(beyond.difference(task.names), key=natural_order)
@@ -448,7 +479,7 @@ def _require_same_task(trained: Task, labels: LabelConfig) -> None:
     is_by_column = trained.kind == MULTI and len(labels.columns) > 1
     if is_by_column and set(labels.columns) != set(trained.names):
         raise UserError(
-            f"--label-column {labels.label_column}: the model's labels are {listed(trained.names)};"
+            f"--label-column {','.join(labels.columns)}: the model's labels are {listed(trained.names)};"
             " name a column for each"
         )
 
@@ -463,8 +494,8 @@ def _in_order(values: list[Label], task: Task, labels: LabelConfig) -> list[Labe
         return values
     if len(values[0]) != len(task.names):
         raise UserError(
-            f"--label-column {labels.label_column}: {counted(len(values[0]), 'number')} a row, and the model"
-            f" answers {len(task.names)}: {listed(task.names)}; name a column for each"
+            f"--label-column {','.join(labels.columns)}: {counted(len(values[0]), 'number')} a row, and the"
+            f" model answers {len(task.names)}: {listed(task.names)}; name a column for each"
         )
     if sorted(labels.columns) != sorted(task.names):
         return values
@@ -504,8 +535,9 @@ def _check_texts(rows: datasets.Dataset, texts: TextConfig, source: str) -> None
     for column in texts.columns:
         reading.check_kind(rows, column, source=source)
         reading.check_characters(rows.with_format("arrow")[column], f"{source}, row", first=1)
-    joined = _with_texts(rows, texts).rename_column("text", texts.text_column)
-    reading.check_texts(joined, texts.text_column, source=source, advice=ADVICE)
+    name = ",".join(texts.columns)
+    joined = _with_texts(rows, texts).rename_column("text", name)
+    reading.check_texts(joined, name, source=source, advice=ADVICE)
 
 
 def _with_texts(rows: datasets.Dataset, texts: TextConfig) -> datasets.Dataset:

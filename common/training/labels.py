@@ -46,7 +46,7 @@ Label: TypeAlias = "Any"  # str | list[str] | list[float]
 class LabelConfig:
     """Which columns hold the labels, and what they mean; the fields are named as their flags."""
 
-    label_column: str = LABEL_COLUMN  # or several, separated by commas
+    label_column: str | tuple[str, ...] = LABEL_COLUMN  # with commas between several; a tuple: as in a header
     task: str = "auto"
     label_separator: str | None = None
     clean_labels: bool = False
@@ -55,7 +55,8 @@ class LabelConfig:
     @property
     def columns(self) -> list[str]:
         """The columns of the labels."""
-        return split_columns(self.label_column)
+        named = self.label_column
+        return split_columns(named) if isinstance(named, str) else list(named)
 
 
 # Labels that are written in several ways ----------------------------------------------------------
@@ -225,7 +226,12 @@ def read_labels(split: str, rows: datasets.Dataset, kind: Kind, config: LabelCon
     missing or of another kind.
     """
     if kind == SINGLE:
-        return read_classes(split, rows, config.label_column)
+        if len(config.columns) > 1:
+            raise UserError(
+                f"--label-column {','.join(config.columns)}: a text has one class (--task single), so name"
+                " one column; --task multi or regression takes several"
+            )
+        return read_classes(split, rows, config.columns[0])
     if kind == REGRESSION:
         return read_numbers(split, rows, config.columns)
     return read_label_lists(split, rows, config)
@@ -235,11 +241,6 @@ def read_classes(split: str, rows: datasets.Dataset, column: str) -> list[str]:
     """Return the class of each row (N) as a string. Raises UserError for one that is missing."""
     import datasets
 
-    if "," in column:
-        raise UserError(
-            f"--label-column {column}: a text has one class (--task single), so name one column;"
-            " --task multi or regression takes several"
-        )
     feature, values = rows.features[column], rows[column][:]
     if isinstance(feature, datasets.ClassLabel):
         num_classes = len(feature.names)

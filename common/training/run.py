@@ -128,20 +128,20 @@ FREE_FLAGS = {
 NO_FLAGS = ("output_dir", "device", "precision", "max_minutes")
 
 
-def check_text_columns(columns: str, mode: str | None) -> None:
+def check_text_columns(columns: Sequence[str], mode: str | None) -> None:
     """Raise UserError unless it is said what several columns of texts are,
     and there are as many as that takes.
     """
-    count = columns.count(",") + 1
+    count, shown = len(columns), ",".join(columns)
     if mode is None and count > 1:
         raise UserError(
-            f"--text-column {columns}: say with --text-mode pair that two texts are read together,"
+            f"--text-column {shown}: say with --text-mode pair that two texts are read together,"
             " or with --text-mode join that they are one text"
         )
     if (mode == PAIR and count != 2) or (mode == JOIN and count < 2):
         wanted = "two columns" if mode == PAIR else "several columns"
         advice = f"name {wanted}, as in --text-column title,body"
-        raise UserError(f"--text-mode {mode}: {advice}; not {columns!r}")
+        raise UserError(f"--text-mode {mode}: {advice}; not {shown!r}")
 
 
 def check_task(kind: Kind, flags: Mapping[str, Any], names: Sequence[str] = ()) -> None:
@@ -171,11 +171,19 @@ def check_task(kind: Kind, flags: Mapping[str, Any], names: Sequence[str] = ()) 
         advice = "name the class with --positive-class, because there are several"
         raise UserError(f"--best-metric binary_f1: {advice}")
     separator = flags["label_separator"]
-    if separator is not None and (kind != MULTI or "," in (flags["label_column"] or "")):
-        raise UserError(
-            f"--label-separator {separator}: it parts several labels in the cells of one column"
-            " (--task multi); leave it out"
-        )
+    if separator is not None and kind != MULTI:
+        raise _no_separator(separator)
+
+
+def check_label_columns(columns: Sequence[str], separator: str | None) -> None:
+    """Raise UserError for a separator of labels where several columns hold them."""
+    if separator is not None and len(columns) > 1:
+        raise _no_separator(separator)
+
+
+def _no_separator(separator: str) -> UserError:
+    problem = "it parts several labels in the cells of one column (--task multi)"
+    return UserError(f"--label-separator {separator}: {problem}; leave it out")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from common import bundled, cli, hub, reading, sources
-from common.columns import add_kept_flags, split_columns
+from common.columns import add_kept_flags, candidates, named_columns
 from common.errors import UserError
 from common.training import predictions, study
 from common.training.run import (
@@ -29,6 +29,7 @@ from common.training.run import (
     TASKS,
     TEXT_COLUMN,
     TRUNCATIONS,
+    check_label_columns,
     check_task,
     check_text_columns,
     compare_flags,
@@ -384,8 +385,6 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.calibrate and (args.evaluate_only or args.predict is not None):
         problem = "it belongs to a training, and a saved model has the temperature of its own"
         raise UserError(f"--calibrate: {problem}; leave it out")
-    if not args.evaluate_only and args.predict is None:  # else as the saved model was trained
-        check_text_columns(args.text_column or TEXT_COLUMN, args.text_mode)
     is_table = cli.file_options(args).is_table
     if args.predict is not None:  # an empty name is a mistake, not a wish to train
         sources.check_texts(args.predict, any_suffix=is_table)
@@ -409,16 +408,25 @@ def check_files(args: argparse.Namespace) -> None:
     """Raise UserError for a file of a split that is no text, and for a column of texts or labels that
     it lacks, as its beginning shows; a test split may have no labels.
     """
-    texts = split_columns(args.text_column or TEXT_COLUMN)
-    labels = split_columns(args.label_column or LABEL_COLUMN)
-    both, options = [*texts, *labels], cli.file_options(args)
+    options = cli.file_options(args)
+    named = args.text_column or TEXT_COLUMN, args.label_column or LABEL_COLUMN
+    both = [name for text in named for name in candidates(text)]
+    names, is_plain = [], all(len(candidates(text)) == 1 for text in named)
+    if not is_plain and not bundled.is_bundled(args.dataset):
+        names = reading.names_at_once(args.dataset, both, options=options)
+    texts, labels = (named_columns(text, names) for text in named)
+    # a header that is not seen yet may have a column of the whole name
+    is_clear = is_plain or bundled.is_bundled(args.dataset) or len(names) > 0
+    if is_clear and not args.evaluate_only:  # else as the saved model was trained
+        check_text_columns(texts, args.text_mode)
+        check_label_columns(labels, args.label_separator)
     files = {"train": args.dataset, "validation": args.validation_file, "test": args.test_file}
     is_known = not (args.evaluate_only or args.train_split or args.test_split or args.validation_split)
     for split, name in files.items():
         if name is None or bundled.is_bundled(name):
             continue
-        wanted = dict.fromkeys(texts, "--text-column") if is_known else {}
-        if is_known and split != "test":
+        wanted = dict.fromkeys(texts, "--text-column") if is_known and is_clear else {}
+        if wanted and split != "test":
             wanted |= dict.fromkeys(labels, "--label-column")
         reading.check_columns(name, wanted, as_text=both, options=options, source=f"split {split}")
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from common import cli, plain_files, reading, sources
-from common.columns import ROW, find_kept, require_column
+from common.columns import ROW, candidates, find_kept, require_column, unused_name
 from common.errors import Fault, UserError
 from common.sources import FileOptions
 from common.training.faults import NOT_UTF8
 from common.training.labels import ADVICE
-from common.training.run import JOIN
+from common.training.run import JOIN, PAIR
 
 if TYPE_CHECKING:
     import datasets
@@ -74,23 +74,24 @@ class Texts:
         self.file, self.source, self.config, self.faults = file, source, config, faults
         self.columns = config.columns  # that texts are read from
         self.kept: list[str] = []  # other columns, which stand beside the answers
-        self.is_pair = len(config.columns) == 2 and config.text_mode != JOIN
+        self.is_pair = config.text_mode == PAIR
         self.table: Any = None  # of lines
 
     def read_table(self, kept: Sequence[str] | None, options: FileOptions, cache_dir: str | None) -> None:
         """Read the source as a data file. Raises UserError for a column that is not there, or that
         holds no texts.
         """
-        columns = self.columns
-        as_text = [*columns, *([sources.EVERY_COLUMN] if kept is None else kept)]
+        named = candidates(str(self.config.text_column))
+        as_text = [*named, *([sources.EVERY_COLUMN] if kept is None else kept)]
         rows = reading.read_table(
             self.file, self.source, as_text=as_text, options=options, cache_dir=cache_dir, faults=self.faults
         )
+        names = rows.column_names
+        columns = self.columns = self.config.among(names).columns
         for column in columns:
-            names = rows.column_names
             require_column(names, column, source=self.source, flag="--text-column")
             reading.check_kind(rows, column, source=self.source)
-        self.kept = find_kept(kept, rows.column_names, others=columns, source=self.source)
+        self.kept = find_kept(kept, names, others=columns, source=self.source)
         is_joined = self.config.text_mode == JOIN
         self.table = (self._joined(rows) if is_joined else rows).with_format("arrow")
 
@@ -124,7 +125,7 @@ class Texts:
             reading.check_characters(cells, f"{self.source}, row", first=1)
         cells = [rows[column][:] for column in self.columns]
         joined = reading.join_cells(cells, self.config.join_with)
-        self.columns = [",".join(self.columns)]
+        self.columns = [unused_name(",".join(self.columns), rows.column_names)]
         return cast("datasets.Dataset", rows.add_column(self.columns[0], joined))
 
     def find_faults(self) -> set[int]:

@@ -278,6 +278,27 @@ def test_a_model_that_remembers_no_rare_classes_is_told_by_flags(run, tmp_path):
     assert code == 2 and "--merge-rare rest: " in said and "neg, pos" in said, said
 
 
+def test_columns_with_spaces_and_commas_are_named_as_a_whole(run, tmp_path):
+    """First, although there are columns with the names of their parts."""
+    source, new, folder = tmp_path / "data.csv", tmp_path / "new.csv", tmp_path / "run"
+    header = 'good,"good, or bad", review,"a,b"'
+    rows = [f"0,{label},{text},{number}" for number, (text, label) in enumerate(make_sentences(40))]
+    source.write_text("\n".join([header, *rows]) + "\n")
+    named = ["--text-column", " review", "--label-column", "good, or bad"]
+    code, printed, said = run(source, *named, "--output-dir", folder, *SHORT)
+    assert code == 0 and "2 classes" in printed, said
+    best = ["--model", folder / "best"]
+    code, printed, said = run(source, *best, "--evaluate-only")
+    assert code == 0 and "texts of its test split" in printed, said
+    new.write_text('"title,body", review\nnothing,a wonderful film\n')
+    code, printed, said = run(new, *best, "--predict", new)
+    assert code == 0, said
+    code, other, said = run(new, *best, "--predict", new, "--text-column", "title,body")
+    assert code == 0 and other != printed, said
+    code, other, said = run(new, *best, "--predict", new, "--text-column", "title, review")
+    assert code == 2 and "--text-column title, review: say with --text-mode" in said, said
+
+
 def test_labels_that_training_lacks_are_faults_of_the_other_splits(run, tmp_path):
     folder = tmp_path / "splits"
     folder.mkdir()
