@@ -13,8 +13,16 @@ from common.errors import UserError, listed
 
 # the column with the number of each row in its file, where those that can't be used are collected
 ROW = "__row__"
-EVERY = ("all",)  # the value of --keep-columns for all columns
+EVERY = "all"  # the value of --keep-columns for all columns
 GIVEN = "given_"  # begins the name of a kept column that has the name of one of ours
+
+
+def column_names(text: str) -> str:
+    """Check names of columns, separated by commas, and return them as they are: a header tells whether
+    they are one.
+    """
+    cli.columns(text)
+    return text
 
 
 def split_columns(text: str) -> list[str]:
@@ -54,30 +62,29 @@ def add_kept_flags(parser: argparse._ArgumentGroup, *, needs: str, beside: str) 
     help_text = f"with {needs}: a column that stays beside {beside}"
     parser.add_argument("--id-column", metavar="NAME", help=help_text)
     help_text = f"with {needs}: other columns that stay, such as author,date; all: every one"
-    parser.add_argument("--keep-columns", type=cli.columns, metavar="NAMES", help=help_text)
+    parser.add_argument("--keep-columns", type=column_names, metavar="NAMES", help=help_text)
 
 
 def kept_by_flags(args: argparse.Namespace) -> list[str] | None:
-    """Return the names of the columns that stay, None for all."""
+    """Return the names of the columns that stay, as flags give them, None for all."""
     if args.keep_columns == EVERY:
         return None
-    ids = [] if args.id_column is None else [args.id_column]
-    return list(dict.fromkeys([*ids, *(args.keep_columns or ())]))
+    return [text for text in (args.id_column, args.keep_columns) if text is not None]
 
 
 def find_kept(
     kept: Sequence[str] | None, names: Iterable[str], *, others: Collection[str], source: str
 ) -> list[str]:
-    """Return the columns that stay among the `names` of a source; of all, those that are not `others`.
-
-    Raises UserError for one that is not there.
+    """Return the columns that stay among the `names` of a source, of those that flags give (`kept`);
+    of all, those that are not `others`. Raises UserError for one that is not there.
     """
     names = [name for name in names if name != ROW]
     if kept is None:
         return [name for name in names if name not in others]
-    for name in kept:
+    found = list(dict.fromkeys(name for text in kept for name in named_columns(text, names)))
+    for name in found:
         require_column(names, name, source=source, flag="--keep-columns")
-    return list(kept)
+    return found
 
 
 def names_beside(kept: Sequence[str], own: Collection[str]) -> list[str]:

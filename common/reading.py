@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from common import bundled, dialects, hub, json_objects, sources
-from common.columns import require_column
+from common.columns import named_columns, require_column
 from common.errors import Fault, UserError, first_repeated, note, shorten
 from common.plain_files import (
     SAMPLE,
@@ -348,7 +348,7 @@ def check_columns(
     """Raise UserError for a file that is no text, and for a column that it lacks, as far as this shows
     before any library is loaded: for local files, neither compressed nor in another encoding.
 
-    `wanted` are columns with the flags that name them, `as_text` those that will be read as texts;
+    `wanted` are columns, as flags name them, with these flags, `as_text` those that will be read as texts;
     messages call the file `source`.
     """
     with open_if_plain(name, options) as file:
@@ -389,7 +389,8 @@ def check_header(
     if not wanted or not is_table(file, name, options):
         return
     names = _names_at_once(DataFile(file, name, options, tuple(as_text), None), wanted)
-    for column, flag in wanted.items() if names else ():
+    named = ((column, flag) for text, flag in wanted.items() for column in named_columns(text, names))
+    for column, flag in named if names else ():
         if column.partition(".")[0] not in names:  # "a.b" may be a field of column a
             require_column(names, column, source=source or name, flag=flag)
 
@@ -406,7 +407,7 @@ def _names_at_once(data: DataFile, wanted: Iterable[str]) -> list[str]:
         try:
             for _, _, row in json_objects.read_objects(data):
                 names |= dict.fromkeys(row)
-                if names.keys() >= set(wanted):
+                if all(names.keys() >= set(named_columns(text, names)) for text in wanted):
                     break
         except (UserError, UnicodeDecodeError, RecursionError):
             return []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from common import plain_files, reading, sources
 from common.cli import json_line
-from common.columns import ROW, find_kept, names_beside, require_column
+from common.columns import ROW, candidates, find_kept, names_beside, require_column
 from common.errors import Fault, UserError, outcome
 from common.generation.messages import Message, check_messages
 from common.generation.output import OWN_FIELDS
@@ -40,7 +40,7 @@ class PromptConfig:
 
     text_column: str
     template: PromptTemplate | None  # makes the prompts, in the place of the text column
-    kept: list[str] | None  # columns; None: all
+    kept: list[str] | None  # columns as flags name them; None: all
     skip_bad: bool  # a prompt that can't be used is no end, but a reason in its place
     options: FileOptions
     cache_dir: str | None
@@ -53,7 +53,8 @@ class PromptConfig:
     @property
     def as_text(self) -> list[str]:
         """The columns that are read as they are written."""
-        return [*self.columns, *([sources.EVERY_COLUMN] if self.kept is None else self.kept)]
+        kept = [sources.EVERY_COLUMN] if self.kept is None else self.kept
+        return [*self.columns, *(name for text in kept for name in candidates(text))]
 
 
 def read_prompts(name: str, config: PromptConfig) -> list[GivenPrompt]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from common import bundled, cli, hub, reading, sources
-from common.columns import add_kept_flags, candidates, named_columns
+from common.columns import add_kept_flags, candidates, column_names, named_columns
 from common.errors import UserError
 from common.training import predictions, study
 from common.training.run import (
@@ -463,12 +463,6 @@ def check_output_flags(args: argparse.Namespace) -> None:
         predictions.check_output(args.output, resume=resumes)
     elif resumes:
         raise UserError("--resume: with --predict it goes on with the file of --output; name it")
-
-
-def column_names(text: str) -> str:
-    """Check names of columns, separated by commas, and return them as they are."""
-    cli.columns(text)
-    return text
 
 
 def check_compared(args: argparse.Namespace) -> None:

@@ -81,8 +81,8 @@ class Texts:
         """Read the source as a data file. Raises UserError for a column that is not there, or that
         holds no texts.
         """
-        named = candidates(str(self.config.text_column))
-        as_text = [*named, *([sources.EVERY_COLUMN] if kept is None else kept)]
+        named = [str(self.config.text_column), *([sources.EVERY_COLUMN] if kept is None else kept)]
+        as_text = [name for text in named for name in candidates(text)]
         rows = reading.read_table(
             self.file, self.source, as_text=as_text, options=options, cache_dir=cache_dir, faults=self.faults
         )

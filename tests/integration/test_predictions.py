@@ -113,6 +113,19 @@ def test_columns_with_the_names_of_answers_are_neither_lost_nor_doubled(predict,
             }
 
 
+def test_columns_are_kept_by_their_whole_names(predict, tmp_path):
+    source = tmp_path / "new.csv"
+    source.write_text('id,text,b,"b,c", d\n007,good,1.50,2.50,3.50\n')
+    for named, kept in [
+        ("b,c", {"b,c": "2.50"}),
+        (" d,b", {" d": "3.50", "b": "1.50"}),
+        (" d, id", {" d": "3.50", "id": "007"}),
+    ]:
+        code, printed, said = predict(source, "--keep-columns", named)
+        assert code == 0, said
+        assert list(json.loads(printed).items())[1:-3] == list(kept.items())
+
+
 @pytest.mark.parametrize("ending", predictions.ENDINGS)
 def test_what_a_kill_has_left_is_gone_on_with(ending, table, predict, tmp_path, monkeypatch):
     for module in (train_classifier, evaluation):

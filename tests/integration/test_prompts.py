@@ -52,7 +52,8 @@ def write_table(path: Path, rows: list[dict]) -> Path:
     elif path.suffix == ".jsonl":
         write_lines(path, [json.dumps(row) for row in rows])
     else:
-        lines = [",".join(rows[0]), *(",".join(f'"{cell}"' for cell in row.values()) for row in rows)]
+        header = ",".join(f'"{name}"' for name in rows[0])
+        lines = [header, *(",".join(f'"{cell}"' for cell in row.values()) for row in rows)]
         write_lines(path, lines)
     return path
 
@@ -82,6 +83,9 @@ def test_columns_stay_beside_the_texts(ending, written, tmp_path):
         "--prompts-file", write_table(tmp_path / f"other{ending}", other), "--keep-columns", "all"
     )
     assert [(line["given_prompt"], line["given_prompt_"]) for line in both] == [("g", "p")] * len(ROWS)
+    whole = write_table(tmp_path / f"whole{ending}", [{**row, " a,b ": "1.50"} for row in ROWS])
+    lines, _ = written("--prompts-file", whole, "--keep-columns", " a,b ")
+    assert [line[" a,b "] for line in lines] == ["1.50"] * len(ROWS)
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
