@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -346,7 +346,25 @@ def flags_besides(parser: cli.Parser, argv: Sequence[str]) -> list[str]:
         if given.get(name, saved.get(name)) != saved.get(name)
     }
     others = {name: value for name, value in saved.items() if name not in not_saved}
+    require_same_place(Path(resume or given.get("output_dir", "")), others)
     return parser.as_flags({"resume": resume, **others})
+
+
+def require_same_place(run: Path, saved: Mapping[str, object]) -> None:
+    """Raise UserError for a file or folder that a run has named from another folder than this one, if
+    that is one around the run.
+    """
+    for name in ("dataset", "validation_file", "test_file", "model", "tokenizer"):
+        value = saved.get(name)
+        if not isinstance(value, str) or bundled.is_bundled(value) or os.path.exists(value):
+            continue
+        if ".." in Path(value).parts:  # it can lead to the same file from several folders
+            continue
+        started = next((folder for folder in run.resolve().parents if (folder / value).exists()), None)
+        if started is not None:
+            flag = f"--{name.replace('_', '-')}"
+            problem = f"the run was started in {started}, and its {flag} {value} is not here"
+            raise UserError(f"--resume {run}: {problem}; continue it there, or name {flag} too")
 
 
 def require_trained_on(dataset: str, model: str) -> None:

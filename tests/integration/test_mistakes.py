@@ -630,6 +630,20 @@ def test_a_model_in_the_place_of_its_run(place, refused, trained):
     refused("--resume", place(trained), parts=parts)
 
 
+@pytest.mark.parametrize("flag, name", [("dataset", "here.csv"), ("tokenizer", "own")])
+def test_a_run_that_was_started_in_another_folder(
+    flag, name, refused, trained, sentences_csv, tmp_path, monkeypatch
+):
+    """A name that is not here could be one on the Hub."""
+    run = Path(shutil.copytree(trained.parent, tmp_path / "runs" / "run"))
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "dataset": str(sentences_csv), flag: name}))
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(run)
+    parts = (f"started in {tmp_path}, and its --{flag} {name} is not here", f"name --{flag} too")
+    refused("--resume", run, "--output-dir", run, parts=parts)
+
+
 def test_a_model_of_other_data_is_not_scored_on_the_default(refused, trained):
     refused(
         "--evaluate-only", "--model", trained, parts=(f"{trained} is not known", "name the data", "--dataset")
