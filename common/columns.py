@@ -39,7 +39,7 @@ def named_columns(text: str, names: Collection[str]) -> list[str]:
     return [part if part in names else part.strip() for part in text.split(",")]
 
 
-def candidates(text: str) -> list[str]:
+def possible_columns(text: str) -> list[str]:
     """Return all columns that a flag may name, which the header tells."""
     return list(dict.fromkeys([text, *text.split(","), *split_columns(text)]))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from common import plain_files, reading, sources
 from common.cli import json_line
-from common.columns import ROW, candidates, find_kept, names_beside, require_column
+from common.columns import ROW, find_kept, names_beside, possible_columns, require_column
 from common.errors import Fault, UserError, outcome
 from common.generation.messages import Message, check_messages
 from common.generation.output import OWN_FIELDS
@@ -54,7 +54,7 @@ class PromptConfig:
     def as_text(self) -> list[str]:
         """The columns that are read as they are written."""
         kept = [sources.EVERY_COLUMN] if self.kept is None else self.kept
-        return [*self.columns, *(name for text in kept for name in candidates(text))]
+        return [*self.columns, *(name for text in kept for name in possible_columns(text))]
 
 
 def read_prompts(name: str, config: PromptConfig) -> list[GivenPrompt]:

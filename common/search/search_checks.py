@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common import bundled, cli, reading, sources
-from common.columns import candidates
+from common.columns import possible_columns
 from common.errors import UserError, first_repeated
 from common.files import check_new
 from common.search.manifest import (
@@ -221,7 +221,7 @@ def check_texts(args: argparse.Namespace) -> None:
             sources.check_texts(name, any_suffix=options.is_table)
             # "title,text" is the name of a column, or of two
             wanted = {} if "," in column else {column: "--text-column"}
-            as_text = candidates(column)
+            as_text = possible_columns(column)
             if getattr(args, "id_column", None):
                 wanted[args.id_column] = "--id-column"
                 as_text.append(args.id_column)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from common import reading
-from common.columns import ROW, candidates, named_columns, require_column, split_columns
+from common.columns import ROW, named_columns, possible_columns, require_column, split_columns
 from common.errors import Fault, UserError, counted, listed, quoted
 from common.runtime import Runtime
 from common.sources import FileOptions, is_blank
@@ -131,7 +131,7 @@ class DataConfig:
     def columns(self) -> list[str]:
         """The columns that texts and labels may be in, which stay as they are written."""
         named = (self.texts.text_column, self.labels.label_column)
-        return [name for text in named if isinstance(text, str) for name in candidates(text)]
+        return [name for text in named if isinstance(text, str) for name in possible_columns(text)]
 
     def among(self, names: Collection[str]) -> DataConfig:
         """Return the config with the columns of texts and labels that it names in a header. Raises

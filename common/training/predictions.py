@@ -1,6 +1,6 @@
 """The file of predictions: JSON lines, CSV or Parquet, written block by block beside its name and
-moved to it when it is complete, so that a prediction that was killed can go on. A file of progress stays
-beside it, which tells what it comes from.
+moved to it when it is complete, so that a prediction that was killed can go on. With --resume a file of
+progress stays beside it, which tells what it comes from, for a job that is started again.
 
 Importing it is quick: `check_output` is called before PyTorch is loaded.
 """
@@ -105,9 +105,12 @@ class Predictions:
     a kill leaves behind the last of these is cut off.
     """
 
-    def __init__(self, output: Path, file: BinaryIO | None, state: dict) -> None:
+    def __init__(
+        self, output: Path, file: BinaryIO | None, state: dict, *, keep_progress: bool = False
+    ) -> None:
         # without a file in all processes of a job but one, which only count
         self.output, self.file, self.state = output, file, state
+        self.keep_progress = keep_progress
 
     @property
     def is_complete(self) -> bool:
@@ -148,7 +151,8 @@ class Predictions:
             _write_parquet(partial(self.output), source)
         os.replace(source, self.output)
         sync_folder(self.output.parent)
-        replace_file(progress(self.output), json.dumps(self.state | {"is_complete": True}))
+        if not self.keep_progress:
+            progress(self.output).unlink(missing_ok=True)
         partial(self.output).unlink(missing_ok=True)
 
 
@@ -178,7 +182,7 @@ def open_predictions(name: str, *, identity: dict, resume: bool, runtime: Runtim
         file.seek(state["bytes"])
         if not state["rows"]:
             replace_file(progress(output), json.dumps(state))
-        yield Predictions(output, file, state)
+        yield Predictions(output, file, state, keep_progress=resume)
 
 
 def _read_state(output: Path, identity: dict) -> dict:
@@ -186,8 +190,10 @@ def _read_state(output: Path, identity: dict) -> dict:
     remove = f"remove {path.name} and {partial(output).name}"
     if is_complete:
         remove = "remove it, or name another file"
-    problem = f"{path.name}, which tells what it comes from, is missing or damaged"
-    damaged = UserError(f"--output {output}: {problem}; {remove}")
+    damaged = UserError(f"--output {output}: {path.name} is damaged or missing; {remove}")
+    if is_complete and not path.exists():
+        problem = f"it is complete, but nothing tells from what: {path.name} stays only with --resume"
+        raise UserError(f"--output {output}: {problem}; {remove}")
     try:
         state = read_json(path)
         size = partial(output).stat().st_size if partial(output).exists() else 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from common import bundled, cli, hub, reading, sources
-from common.columns import add_kept_flags, candidates, column_names, named_columns
+from common.columns import add_kept_flags, column_names, named_columns, possible_columns
 from common.errors import UserError
 from common.training import predictions, study
 from common.training.run import (
@@ -428,8 +428,8 @@ def check_files(args: argparse.Namespace) -> None:
     """
     options = cli.file_options(args)
     named = args.text_column or TEXT_COLUMN, args.label_column or LABEL_COLUMN
-    both = [name for text in named for name in candidates(text)]
-    names, is_plain = [], all(len(candidates(text)) == 1 for text in named)
+    both = [name for text in named for name in possible_columns(text)]
+    names, is_plain = [], all(len(possible_columns(text)) == 1 for text in named)
     if not is_plain and not bundled.is_bundled(args.dataset):
         names = reading.names_at_once(args.dataset, both, options=options)
     texts, labels = (named_columns(text, names) for text in named)

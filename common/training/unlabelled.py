@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from common import cli, plain_files, reading, sources
-from common.columns import ROW, candidates, find_kept, require_column, unused_name
+from common.columns import ROW, find_kept, possible_columns, require_column, unused_name
 from common.errors import Fault, UserError
 from common.sources import FileOptions
 from common.training.faults import NOT_UTF8
@@ -82,7 +82,7 @@ class Texts:
         holds no texts.
         """
         named = [str(self.config.text_column), *([sources.EVERY_COLUMN] if kept is None else kept)]
-        as_text = [name for text in named for name in candidates(text)]
+        as_text = [name for text in named for name in possible_columns(text)]
         rows = reading.read_table(
             self.file, self.source, as_text=as_text, options=options, cache_dir=cache_dir, faults=self.faults
         )

@@ -308,7 +308,7 @@ def test_names_that_can_be_no_adapter(script, models, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "adapter_config.json").symlink_to("/etc/hostname")
-    names = {"./nowhere": "no such folder", "": "no such folder", tmp_path / "file": "this is a file"}
+    names = {"./nowhere": "no such folder", "": "the name is empty", tmp_path / "file": "this is a file"}
     names |= {models["llama"]: "no adapter_config.json", tmp_path / "linked": "link out of the folder"}
     for name, reason in names.items():
         code, _, stderr = script("--adapter", name, "--prompt", PROMPTS[0])

@@ -365,7 +365,7 @@ FILES = {  # name: (file's name, content, more flags, what the line must hold)
         [],
         ("prompts.jsonl", "no column 'text'", "question", "--text-column"),
     ),
-    "an empty cell": ("prompts.csv", 'text\none\n""\n', [], ("prompts.csv, row 3", "empty", "fill it in")),
+    "an empty cell": ("prompts.csv", 'text\none\n""\n', [], ("prompts.csv, row 2", "empty", "fill it in")),
     "too long a line": (
         "prompts.txt",
         "one\n" + "$%" * CONTEXT + "\n",
