@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
@@ -293,6 +293,21 @@ def add_file_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) ->
 def file_options(args: argparse.Namespace) -> FileOptions:
     """Return how the flags say that data files are written."""
     return FileOptions(args.columns, args.delimiter, args.quoting, args.encoding)
+
+
+def refuse_unused(
+    args: argparse.Namespace, names: Iterable[str], default_of: Callable[[str], Any], reason: str
+) -> None:
+    """Raise UserError for the first of some flags that is given, if the command has it: it would do
+    nothing, for a `reason`. `names` and `default_of` are of the values after parsing.
+    """
+    for name in names:
+        value = getattr(args, name, None)
+        if hasattr(args, name) and value != default_of(name):
+            between = "," if isinstance(value, tuple) else " "
+            shown = between.join(map(str, value)) if isinstance(value, list | tuple) else value
+            flag = f"--{name.replace('_', '-')}{'' if value is True else f' {shown}'}"
+            raise UserError(f"{flag}: {reason}; leave it out")
 
 
 def add_shared_flags(parser: argparse.ArgumentParser, *, model: str | None) -> None:

@@ -393,6 +393,11 @@ class ForkedRuns(Forker):
         assert set(codes) != {0} or not complaints, complaints  # what ends well has none
         return codes
 
+    def score(self, model: Path, *flags) -> list[int]:
+        """Score a saved model on the test split, and return the exit code in a list."""
+        given = [*self.shared_flags, "--model", model, "--evaluate-only", *flags]
+        return self.do(world=1, flags=list(map(str, given)), run=str(model.parent))
+
 
 @pytest.fixture(scope="session")
 def forking(tmp_path_factory):

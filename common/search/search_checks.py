@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 from common import bundled, cli, reading, sources
@@ -239,7 +238,8 @@ def check_task(args: argparse.Namespace) -> None:
         others = [*OF_DOCUMENTS, *OF_SEARCH]
         if args.command == "evaluate":  # compare-models keeps the scores of each pair there
             others.append("per_query")
-        refuse(args, others, f"--sts {args.sts} is a task of its own, in which it has no part")
+        reason = f"--sts {args.sts} is a task of its own, in which it has no part"
+        cli.refuse_unused(args, others, args.default_of, reason)
         if not Path(args.sts).is_file():
             raise UserError(f"--sts {args.sts}: no such file; check the path")
         options = cli.file_options(args)
@@ -251,7 +251,9 @@ def check_task(args: argparse.Namespace) -> None:
         wanted = dict.fromkeys(args.sts_columns, "--sts-columns")
         reading.check_columns(args.sts, wanted, as_text=args.sts_columns[:2], options=options)
         return
-    refuse(args, ["sts_columns"], "it names the columns of --sts FILE, which is not there")
+    cli.refuse_unused(
+        args, ["sts_columns"], args.default_of, "it names the columns of --sts FILE, which is not there"
+    )
     documents = f"--texts {' '.join(args.texts)}" if args.texts else f"--index {args.index}"
     if bool(args.queries) != bool(args.qrels):
         raise UserError("--queries and --qrels: each needs the other")
@@ -298,27 +300,16 @@ def check_known(args: argparse.Namespace, unknown: list[str]) -> None:
         raise UserError(f"--index {args.index}: {problem}; correct it, or give --skip-bad")
 
 
-def refuse(args: argparse.Namespace, names: Iterable[str], reason: str) -> None:
-    """Raise UserError for the first of some flags that is given, if the command has it: it would do
-    nothing, for a `reason`.
-    """
-    for name in names:
-        value = getattr(args, name, None)
-        if hasattr(args, name) and value != args.default_of(name):
-            flag = f"--{name.replace('_', '-')}"
-            values = value if isinstance(value, list | tuple) else [value]
-            shown = flag if value is True else " ".join([flag, *map(str, values)])
-            raise UserError(f"{shown}: {reason}; leave it out")
-
-
 def check_unused(args: argparse.Namespace) -> None:
     """Raise UserError for a flag that needs another one, or texts, which are not given."""
     if not args.rerank:
-        refuse(args, ["rerank_depth"], "it belongs to --rerank, which is not there")
+        cli.refuse_unused(
+            args, ["rerank_depth"], args.default_of, "it belongs to --rerank, which is not there"
+        )
     if not getattr(args, "texts", None) and not getattr(args, "sts", None):
-        # dedupe calls the texts so that it writes
+        # dedupe writes the texts of an index into a column of this name
         names = [name for name in OF_TEXTS if (args.command, name) != ("dedupe", "text_column")]
-        refuse(args, names, "it says how TEXTS are read, and there are none")
+        cli.refuse_unused(args, names, args.default_of, "it says how TEXTS are read, and there are none")
 
 
 # Where a command runs -----------------------------------------------------------------------------
@@ -339,7 +330,7 @@ def check_milvus(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("pymilvus") is None:
         raise UserError(f"--index {args.index}: this needs Milvus' client; run: {MILVUS_INSTALL}")
     problem = "the engine keeps vectors, words and its indexes in its own way"
-    refuse(args, NOT_OF_MILVUS, f"Milvus does not take it, because {problem}")
+    cli.refuse_unused(args, NOT_OF_MILVUS, args.default_of, f"Milvus does not take it, because {problem}")
     if args.command == "index":
         check_texts(args)
         check_model(args.model)

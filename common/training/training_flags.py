@@ -45,6 +45,27 @@ from common.training.saved_settings import SavedSettings, name_sha256, read_sett
 # flags that are no settings of a run: they choose what to do instead of it, or where to continue
 INSTEAD = ("inspect", "compare_tokenizer", "evaluate_only", "predict", "compare")
 OF_PREDICTIONS = ("output", "id_column", "keep_columns")
+# flags without a part in the scores or answers of a saved model, and those without one in answers
+OF_TRAINING = (
+    *("output_dir", "epochs", "max_steps", "batch_size", "grad_accum", "lr", "schedule", "warmup_ratio"),
+    *("weight_decay", "max_grad_norm", "dropout", "attention_dropout", "label_smoothing", "class_weights"),
+    *("batching", "best_metric", "eval_every", "early_stopping_patience", "calibrate", "log_every"),
+    *("freeze_layers", "lora_rank", "gradient_checkpointing", "auto_batch_size", "save_every"),
+    *("max_minutes", "keep", "keep_after", "max_train_samples"),
+)
+OF_LABELS = (
+    *(
+        "dataset",
+        "validation_file",
+        "test_file",
+        "dataset_revision",
+        "dataset_config",
+        "label_column",
+        "task",
+    ),
+    *("label_separator", "clean_labels", "train_split", "validation_split", "test_split", "split_seed"),
+    *("drop_rare", "merge_rare", "max_eval_samples", "positive_class"),
+)
 NOT_SETTINGS = (*INSTEAD, *OF_PREDICTIONS, "resume", "resume_or_start", "seeds", "grid", "debug")
 
 
@@ -400,9 +421,11 @@ def check_flags(args: argparse.Namespace) -> None:
             )
         kind = bundled.MODELS.get(args.compare_tokenizer, "encoder")
         sources.check_model(args.compare_tokenizer, kind=kind, flag="--compare-tokenizer")
-    if args.calibrate and (args.evaluate_only or args.predict is not None):
-        problem = "it belongs to a training, and a saved model has the temperature of its own"
-        raise UserError(f"--calibrate: {problem}; leave it out")
+    default_of = make_parser().get_default
+    if args.evaluate_only or args.predict is not None:
+        cli.refuse_unused(args, OF_TRAINING, default_of, "it belongs to a training, and none is made")
+    if args.predict is not None:
+        cli.refuse_unused(args, OF_LABELS, default_of, "--predict reads its own file, and no labels")
     is_table = cli.file_options(args).is_table
     if args.predict is not None:  # an empty name is a mistake, not a wish to train
         sources.check_texts(args.predict, any_suffix=is_table)
@@ -410,10 +433,7 @@ def check_flags(args: argparse.Namespace) -> None:
         options = cli.file_options(args)
         reading.check_columns(args.predict, {}, as_text=(), options=options)
         return
-    for flag in OF_PREDICTIONS:
-        if getattr(args, flag) is not None:
-            name = flag.replace("_", "-")
-            raise UserError(f"--{name}: it works with --predict only; leave it out")
+    cli.refuse_unused(args, OF_PREDICTIONS, default_of, "it works with --predict only")
     sources.check_data(args.dataset, any_suffix=is_table)
     if not args.inspect and not args.evaluate_only:
         if args.task != "auto":  # else when the labels have told it

@@ -381,7 +381,7 @@ FLAGS = {
     "columns of the texts of an index": (
         ["evaluate", "--index", "HOME/ix", "--queries", "HOME/good.csv", "--qrels", "HOME/good.csv"]
         + ["--columns", "id,text"],
-        ("--columns id text", "TEXTS", "leave it out"),
+        ("--columns id,text", "TEXTS", "leave it out"),
     ),
     "clusters in a column of texts": (
         ["cluster", "--index", "HOME/ix", "--num-clusters", "2", "--column", "label"],

@@ -45,6 +45,11 @@ GOOD = "text,label\n" + "".join(f"{text},{label}\n" for text, label in make_sent
 BUNDLED = "bundled/all-MiniLM-L6-v2"
 
 
+def is_of_saved_model(flags: tuple) -> bool:
+    """Return whether flags ask for scores or answers of a saved model: no training, and no folder."""
+    return not {"--predict", "--evaluate-only"}.isdisjoint(map(str, flags))
+
+
 @pytest.fixture(scope="session")
 def script(tiny_model, cache_dir):
     """Return a function that runs train_classifier.py in this process: a small model, one epoch;
@@ -52,13 +57,9 @@ def script(tiny_model, cache_dir):
     """
 
     def run(*flags) -> tuple[int, str, str]:
-        defaults = {
-            "--model": tiny_model,
-            "--cache-dir": cache_dir,
-            "--device": "cpu",
-            "--precision": "fp32",
-            "--epochs": 1,
-        }
+        defaults = {"--model": tiny_model, "--cache-dir": cache_dir, "--device": "cpu", "--precision": "fp32"}
+        if not is_of_saved_model(flags):
+            defaults["--epochs"] = 1
         stdout, stderr = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             code = exit_code_in_process(train_classifier, with_defaults(flags, defaults))
@@ -75,7 +76,8 @@ def refused(script, tmp_path, capfd):
 
     def check(*flags, parts: tuple[str, ...], trained: bool = False):
         folder = tmp_path / "run"
-        code, stdout, stderr = script(*flags, *(() if "--output-dir" in flags else ("--output-dir", folder)))
+        has_none = "--output-dir" in flags or is_of_saved_model(flags)
+        code, stdout, stderr = script(*flags, *(() if has_none else ("--output-dir", folder)))
         assert code == 2, stdout + stderr
         assert re.fullmatch(r"train_classifier\.py: error: [^\n]+\n", stderr), stderr
         assert [part for part in parts if part not in stderr] == [], stderr
@@ -660,12 +662,12 @@ def test_a_saved_model_is_not_calibrated(mode, refused, trained):
     refused(*mode, "--model", trained, "--calibrate", parts=("--calibrate", "belongs to a training"))
 
 
-@pytest.mark.parametrize("mode", [["--predict", __file__], ["--evaluate-only"]])
+@pytest.mark.parametrize("mode", ["--predict", "--evaluate-only"])
 def test_a_model_that_was_never_trained_to_classify(mode, refused, sentences_csv):
+    data = [sentences_csv] if mode == "--predict" else ["--dataset", sentences_csv]
     refused(
-        *mode,
-        "--dataset",
-        sentences_csv,
+        mode,
+        *data,
         "--model",
         BUNDLED,
         parts=(f"--model {BUNDLED}", "never trained to classify", "runs/<name>/best"),
@@ -881,3 +883,33 @@ def test_a_run_without_a_mistake_leaves_stderr_empty(
         tmp_path / "run",
     )
     assert done.stderr == ""
+
+
+OF_TRAINING = [
+    "--epochs=5",
+    "--max-minutes=3",
+    "--output-dir=scores",
+    "--lr=1e-3",
+    "--save-every=5",
+    "--keep=1",
+]
+OF_LABELS = [
+    "--dataset=HOME",
+    "--test-file=HOME/x.csv",
+    "--label-column=y",
+    "--max-eval-samples=5",
+    "--clean-labels",
+]
+
+
+@pytest.mark.parametrize("flag", [*OF_TRAINING, *OF_LABELS])
+def test_a_flag_that_has_no_part_in_what_a_saved_model_does_is_refused(flag, script, trained, tmp_path):
+    (tmp_path / "x.csv").write_text("text,label\na good film,pos\n")
+    name, _, value = flag.replace("HOME", str(tmp_path)).partition("=")
+    given = [name, value] if value else [name]
+    modes = [["--predict", tmp_path / "x.csv"]]
+    modes += [["--evaluate-only", "--test-file", tmp_path / "x.csv"]] if flag in OF_TRAINING else []
+    for mode in modes:
+        code, stdout, stderr = script(*mode, "--model", trained, *given)
+        assert (code, stdout, stderr.count("\n")) == (2, "", 1), stdout + stderr
+        assert " ".join(given) in stderr and "leave it out" in stderr

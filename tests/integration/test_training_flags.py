@@ -241,7 +241,7 @@ def test_low_rank_adapters_are_merged_into_a_plain_model(forked, tiny_model, tmp
     results = json.loads((tmp_path / "run" / "metrics.json").read_text())
     losses = [line["validation/loss"] for line in evaluations(tmp_path / "run")]
     assert results["best_validation_loss"] == min(losses)
-    assert forked.run(tmp_path / "scored", "--model", tmp_path / "run" / "best", "--evaluate-only") == [0]
+    assert forked.score(tmp_path / "run" / "best", "--precision", "fp32") == [0]
     assert f"loss {results['test_loss']:.4f}" in forked.said("stdout")
 
 
@@ -377,9 +377,7 @@ def test_each_truncation_trains_scores_reports_and_predicts(truncation, reads_al
     longest = next(float(dropped) for tokens, _, dropped, _ in rows if tokens == "25-48")
     assert longest == 0 if reads_all else longest > 40
     assert ("of all tokens" in said) is not reads_all
-    assert forked.run(
-        tmp_path / "scored", "--model", tmp_path / "run" / "best", "--evaluate-only", "--max-length", 12
-    ) == [0]
+    assert forked.score(tmp_path / "run" / "best", "--max-length", 12, "--precision", "fp32") == [0]
     assert f"loss {results['test_loss']:.4f}" in forked.said("stdout"), (
         "best/ remembers how its texts are read"
     )
