@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection, Iterable, Sequence
 
-from common import cli
-from common.errors import UserError, listed
+from common.errors import UserError, first_repeated, listed
 
 # the column with the number of each row in its file, where those that can't be used are collected
 ROW = "__row__"
@@ -17,31 +16,27 @@ EVERY = "all"  # the value of --keep-columns for all columns
 GIVEN = "given_"  # begins the name of a kept column that has the name of one of ours
 
 
-def column_names(text: str) -> str:
-    """Check names of columns, separated by commas, and return them as they are: a header tells whether
-    they are one.
-    """
-    cli.columns(text)
-    return text
-
-
-def split_columns(text: str) -> list[str]:
-    """Return the columns that a flag names, separated by commas."""
-    return [name.strip() for name in text.split(",")]
-
-
-def named_columns(text: str, names: Collection[str]) -> list[str]:
-    """Return which of the `names` in a header a flag names: one that it is as a whole, with commas and
-    spaces, else those between its commas.
+def named_columns(text: str, names: Collection[str], *, flag: str) -> list[str]:
+    """Return the columns that the value of a `flag` names, by the `names` in a header: the one that
+    has all of it as its name; else those between its commas, without the spaces around a name that
+    no column has with them. They may be missing in the header. Raises UserError for an empty name,
+    and for one that comes twice.
     """
     if text in names:
         return [text]
-    return [part if part in names else part.strip() for part in text.split(",")]
+    parts = [part if part in names else part.strip() for part in text.split(",")]
+    twice = first_repeated(parts)
+    if twice is not None or "" in set(parts).difference(names):
+        problem = f"{twice!r} comes twice" if twice else "one is empty"
+        advice = f"name others with {flag}"
+        raise UserError(f"{flag} {text!r}: no column has this name, and of those in it {problem}; {advice}")
+    return parts
 
 
 def possible_columns(text: str) -> list[str]:
-    """Return all columns that a flag may name, which the header tells."""
-    return list(dict.fromkeys([text, *text.split(","), *split_columns(text)]))
+    """Return all columns that a flag may name: the header tells which these are."""
+    parts = text.split(",")
+    return list(dict.fromkeys([text, *parts, *(part.strip() for part in parts)]))
 
 
 def require_column(names: Iterable[str], column: str, *, source: str, flag: str) -> None:
@@ -62,7 +57,7 @@ def add_kept_flags(parser: argparse._ArgumentGroup, *, needs: str, beside: str) 
     help_text = f"with {needs}: a column that stays beside {beside}"
     parser.add_argument("--id-column", metavar="NAME", help=help_text)
     help_text = f"with {needs}: other columns that stay, such as author,date; all: every one"
-    parser.add_argument("--keep-columns", type=column_names, metavar="NAMES", help=help_text)
+    parser.add_argument("--keep-columns", metavar="NAMES", help=help_text)
 
 
 def kept_by_flags(args: argparse.Namespace) -> list[str] | None:
@@ -81,9 +76,10 @@ def find_kept(
     names = [name for name in names if name != ROW]
     if kept is None:
         return [name for name in names if name not in others]
-    found = list(dict.fromkeys(name for text in kept for name in named_columns(text, names)))
+    flag = "--keep-columns"
+    found = list(dict.fromkeys(name for text in kept for name in named_columns(text, names, flag=flag)))
     for name in found:
-        require_column(names, name, source=source, flag="--keep-columns")
+        require_column(names, name, source=source, flag=flag)
     return found
 
 

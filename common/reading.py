@@ -13,12 +13,12 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from common import bundled, dialects, hub, json_objects, sources
-from common.columns import named_columns, require_column
+from common.columns import named_columns, possible_columns, require_column
 from common.errors import Fault, UserError, first_repeated, note, shorten
 from common.plain_files import (
     SAMPLE,
@@ -343,25 +343,32 @@ def check_length(text: str, location: str) -> None:
 
 
 def check_columns(
-    name: str, wanted: Mapping[str, str], *, as_text: Sequence[str], options: FileOptions, source: str = ""
+    name: str,
+    wanted: Mapping[str, str],
+    *,
+    several: Mapping[str, str] | None = None,
+    options: FileOptions,
+    source: str = "",
 ) -> None:
     """Raise UserError for a file that is no text, and for a column that it lacks, as far as this shows
     before any library is loaded: for local files, neither compressed nor in another encoding.
 
-    `wanted` are columns, as flags name them, with these flags, `as_text` those that will be read as texts;
-    messages call the file `source`.
+    `wanted` are columns with the flags that name them, `several` values of flags that may name more than
+    one, with these flags; messages call the file `source`.
     """
     with open_if_plain(name, options) as file:
         if file is not None:
-            check_header(file, name, wanted, as_text=as_text, options=options, source=source)
+            check_header(file, name, wanted, several=several, options=options, source=source)
 
 
 def names_at_once(name: str, wanted: Sequence[str], *, options: FileOptions) -> list[str]:
-    """Return the names of a file's columns, or none where `check_columns` can't see them."""
+    """Return the names of a file's columns, or none where `check_columns` can't see them. `wanted` are
+    values of flags that may name several.
+    """
     with open_if_plain(name, options) as file:
         if file is None or not is_table(file, name, options):
             return []
-        return _names_at_once(DataFile(file, name, options, tuple(wanted), None), wanted)
+        return _names_at_once(file, name, wanted, options)
 
 
 @contextlib.contextmanager
@@ -381,33 +388,39 @@ def check_header(
     name: str,
     wanted: Mapping[str, str],
     *,
-    as_text: Sequence[str],
+    several: Mapping[str, str] | None = None,
     options: FileOptions,
     source: str = "",
 ) -> None:
     """Raise UserError for a column that an open file lacks, as `check_columns` does."""
-    if not wanted or not is_table(file, name, options):
+    several = several or {}
+    if not (wanted or several) or not is_table(file, name, options):
         return
-    names = _names_at_once(DataFile(file, name, options, tuple(as_text), None), wanted)
-    named = ((column, flag) for text, flag in wanted.items() for column in named_columns(text, names))
-    for column, flag in named if names else ():
+    names = _names_at_once(file, name, [*wanted, *several], options)
+    if not names:
+        return
+    parts = [(part, flag) for text, flag in several.items() for part in named_columns(text, names, flag=flag)]
+    for column, flag in [*wanted.items(), *parts]:
         if column.partition(".")[0] not in names:  # "a.b" may be a field of column a
             require_column(names, column, source=source or name, flag=flag)
 
 
-def _names_at_once(data: DataFile, wanted: Iterable[str]) -> list[str]:
+def _names_at_once(file: BinaryIO, name: str, wanted: Sequence[str], options: FileOptions) -> list[str]:
     """Return the names of a file's columns, or none where it takes a library to find them, or where
-    the reader will say what is wrong with it. Of JSON, those of the first rows that have all `wanted`.
+    the reader will say what is wrong with it. Of JSON, those of the first rows that have all `wanted`,
+    each under its whole name.
     """
-    ending, options = sources.suffix(data.name), data.options
+    ending = sources.suffix(name)
+    as_text = tuple(column for text in wanted for column in possible_columns(text))
+    data = DataFile(file, name, options, as_text, None)
     if ending in JSON_SUFFIXES:
         names: dict[str, None] = {}
-        if os.fstat(data.file.fileno()).st_size > READ_AT_ONCE:
+        if os.fstat(file.fileno()).st_size > READ_AT_ONCE:
             return []
         try:
             for _, _, row in json_objects.read_objects(data):
                 names |= dict.fromkeys(row)
-                if all(names.keys() >= set(named_columns(text, names)) for text in wanted):
+                if names.keys() >= {*wanted}:
                     break
         except (UserError, UnicodeDecodeError, RecursionError):
             return []

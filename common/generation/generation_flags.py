@@ -382,10 +382,10 @@ def check_files(args: argparse.Namespace) -> None:
         (args.score, args.text_column, "--text-column"),
     ):
         if name is not None:
-            reading.check_columns(name, {column: flag}, as_text=[column], options=options)
+            reading.check_columns(name, {column: flag}, options=options)
     for name in (args.perplexity, args.score_continuations):
         if name is not None:
-            reading.check_columns(name, {}, as_text=(), options=options)
+            reading.check_columns(name, {}, options=options)
 
 
 def prompt_config(args: argparse.Namespace) -> PromptConfig:

@@ -83,10 +83,10 @@ def read_prompts(name: str, config: PromptConfig) -> list[GivenPrompt]:
 def check_columns(name: str, config: PromptConfig) -> None:
     """Raise UserError for a file that is no text or a column that it lacks, as its beginning shows."""
     flag = "--text-column" if config.template is None else FLAG
-    wanted = dict.fromkeys(config.kept or (), "--keep-columns") | dict.fromkeys(config.columns, flag)
+    wanted, several = dict.fromkeys(config.columns, flag), dict.fromkeys(config.kept or (), "--keep-columns")
     with reading.open_if_plain(name, config.options) as file:
         if file is not None and not _holds_conversations(file, name, config):
-            reading.check_header(file, name, wanted, as_text=config.as_text, options=config.options)
+            reading.check_header(file, name, wanted, several=several, options=config.options)
 
 
 # Lines of text ------------------------------------------------------------------------------------

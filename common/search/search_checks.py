@@ -12,7 +12,6 @@ import os
 from pathlib import Path
 
 from common import bundled, cli, reading, sources
-from common.columns import possible_columns
 from common.errors import UserError, first_repeated
 from common.files import check_new
 from common.search.manifest import (
@@ -218,13 +217,10 @@ def check_texts(args: argparse.Namespace) -> None:
         elif not Path(name).is_dir():
             options, column = cli.file_options(args), args.text_column
             sources.check_texts(name, any_suffix=options.is_table)
-            # "title,text" is the name of a column, or of two
-            wanted = {} if "," in column else {column: "--text-column"}
-            as_text = possible_columns(column)
+            wanted, several = {}, {column: "--text-column"}
             if getattr(args, "id_column", None):
                 wanted[args.id_column] = "--id-column"
-                as_text.append(args.id_column)
-            reading.check_columns(name, wanted, as_text=as_text, options=options)
+            reading.check_columns(name, wanted, several=several, options=options)
 
 
 def check_model(name: str | None, *, flag: str = "--model") -> None:
@@ -249,7 +245,7 @@ def check_task(args: argparse.Namespace) -> None:
             problem = "one of them twice"
             raise UserError(f"--sts-columns {columns}: {problem}; name two texts and a score")
         wanted = dict.fromkeys(args.sts_columns, "--sts-columns")
-        reading.check_columns(args.sts, wanted, as_text=args.sts_columns[:2], options=options)
+        reading.check_columns(args.sts, wanted, options=options)
         return
     cli.refuse_unused(
         args, ["sts_columns"], args.default_of, "it names the columns of --sts FILE, which is not there"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from common import cli, sources
-from common.columns import EVERY, column_names, find_kept
+from common.columns import EVERY, find_kept
 from common.errors import UserError, outcome
 from common.search.manifest import (
     DEFAULT_LIMITS,
@@ -290,7 +290,7 @@ def add_hit_flags(command: cli.Parser) -> None:
 
 def add_kept_flag(command: cli.Parser, beside: str, more: str = "") -> None:
     kept = f"columns to show beside {beside}, such as author,date; all: every one{more}"
-    command.add_argument("--keep-columns", type=column_names, metavar="NAMES", help=kept)
+    command.add_argument("--keep-columns", metavar="NAMES", help=kept)
 
 
 def add_model_flags(command: cli.Parser) -> None:

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from common import bundled, plain_files, reading, sources
-from common.columns import require_column
+from common.columns import named_columns, possible_columns, require_column
 from common.errors import UserError, note
 from common.search.segments import EXPORTED, OWN_NAMES, TEXT, number_array, text_array
 
@@ -115,11 +115,6 @@ class TextSource:
     options: sources.FileOptions
     cache_dir: str | None
     as_text: tuple[str, ...] = ()
-
-    @property
-    def text_columns(self) -> tuple[str, ...]:
-        """The names of the columns that are joined, where no column has the whole name."""
-        return tuple(name.strip() for name in self.text_column.split(","))
 
     @property
     def is_json(self) -> bool:
@@ -323,7 +318,7 @@ def _read_rows(source: TextSource, bad: BadRows) -> tuple[pa.Table, str]:
     sources.check_texts(name, any_suffix=options.is_table)
     with plain_files.open_plain(name, encoding=options.encoding, folder=source.cache_dir) as file:
         if name == "-":
-            options = _options_of_stream(file, options, source.text_columns)
+            options = _options_of_stream(file, options, possible_columns(source.text_column))
             source = dataclasses.replace(source, options=options)
         if sources.suffix(name) == MARKDOWN and not options.is_table:
             row = {TEXT: _decode(file.read(), name, 0, bad), "file": Path(name).name}
@@ -370,7 +365,7 @@ def _options_of_stream(
 def _read_table(file: BinaryIO, source: TextSource) -> pa.Table:
     """Return the rows of a data file that is open and plain."""
     ids = USUAL_IDS if source.id_column == ANY_ID else (source.id_column or source.text_column,)
-    columns = list(dict.fromkeys([source.text_column, *source.text_columns, *ids]))
+    columns = list(dict.fromkeys([*possible_columns(source.text_column), *ids]))
     # in JSON a text is one by its quotation marks
     codes = [] if source.is_json else [name for name in source.as_text if name not in columns]
     shown_name = plain_files.source_name(source.name)
@@ -393,9 +388,7 @@ def _to_table(rows: datasets.Dataset, source: TextSource, shown_name: str) -> pa
     import datasets
 
     table = cast(pa.Table, rows.with_format("arrow")[:])
-    names = [source.text_column]
-    if source.text_column not in table.column_names:
-        names = list(source.text_columns)
+    names = named_columns(source.text_column, table.column_names, flag="--text-column")
     for name in names:
         require_column(table.column_names, name, source=shown_name, flag="--text-column")
         reading.check_kind(rows, name, source=shown_name)

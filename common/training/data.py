@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from common import reading
-from common.columns import ROW, named_columns, possible_columns, require_column, split_columns
+from common.columns import ROW, named_columns, possible_columns, require_column
 from common.errors import Fault, UserError, counted, listed, quoted
 from common.runtime import Runtime
 from common.sources import FileOptions, is_blank
@@ -42,6 +42,7 @@ from common.training.labels import (
     ADVICE,
     WHOLE,
     Label,
+    LabelColumns,
     LabelConfig,
     are_few,
     cells_as_names,
@@ -52,15 +53,7 @@ from common.training.labels import (
     tidy_labels,
     without_decimals,
 )
-from common.training.run import (
-    JOIN,
-    MULTI,
-    REGRESSION,
-    SINGLE,
-    TEXT_COLUMN,
-    check_label_columns,
-    check_text_columns,
-)
+from common.training.run import JOIN, MULTI, REGRESSION, SINGLE, TEXT_COLUMN, check_text_columns
 from common.training.saved_settings import SavedSettings, name_sha256
 from common.training.task import DESCRIPTIONS, Task, task_of_rows
 
@@ -82,25 +75,26 @@ CUT_SHARE = 0.1  # of the source's training rows, for each split that is missing
 class TextConfig:
     """Which columns hold the texts; the fields are named as their flags."""
 
-    text_column: str | tuple[str, ...] = TEXT_COLUMN  # with commas between several; a tuple: as in a header
+    text_column: str = TEXT_COLUMN  # with commas between several
     text_mode: str | None = None  # of several: PAIR, two texts that are read together; or JOIN
     join_with: str = " "
 
-    @property
-    def columns(self) -> list[str]:
-        """The columns of the texts."""
-        named = self.text_column
-        return split_columns(named) if isinstance(named, str) else list(named)
-
-    def among(self, names: Collection[str]) -> TextConfig:
-        """Return the config with the columns that it names in a header. Raises UserError unless it is
-        said what several are.
+    def among(self, names: Collection[str]) -> TextColumns:
+        """Return which of the columns in a header hold the texts. Raises UserError unless it is said what
+        several are.
         """
-        if not isinstance(self.text_column, str):
-            return self
-        columns = tuple(named_columns(self.text_column, names))
+        columns = named_columns(self.text_column, names, flag="--text-column")
         check_text_columns(columns, self.text_mode)
-        return dataclasses.replace(self, text_column=columns)
+        return TextColumns(columns, self.text_mode, self.join_with)
+
+
+@dataclass(frozen=True)
+class TextColumns:
+    """The columns of a data set that hold its texts, and how several are read."""
+
+    columns: list[str]
+    text_mode: str | None
+    join_with: str
 
 
 @dataclass(frozen=True)
@@ -130,17 +124,7 @@ class DataConfig:
     @property
     def columns(self) -> list[str]:
         """The columns that texts and labels may be in, which stay as they are written."""
-        named = (self.texts.text_column, self.labels.label_column)
-        return [name for text in named if isinstance(text, str) for name in possible_columns(text)]
-
-    def among(self, names: Collection[str]) -> DataConfig:
-        """Return the config with the columns of texts and labels that it names in a header. Raises
-        UserError for a count of them that other flags don't fit.
-        """
-        columns = tuple(named_columns(str(self.labels.label_column), names))
-        check_label_columns(columns, self.labels.label_separator)
-        labels = dataclasses.replace(self.labels, label_column=columns)
-        return dataclasses.replace(self, texts=self.texts.among(names), labels=labels)
+        return [*possible_columns(self.texts.text_column), *possible_columns(self.labels.label_column)]
 
 
 @dataclass
@@ -173,14 +157,14 @@ def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = 
     used = [id(rows) for rows in splits.values()]
     notes.unused = [str(name) for name, rows in source.items() if id(rows) not in used]
     splits |= _read_split_files(config, faults)
-    config = config.among(splits["train"].column_names)
-    splits, notes.cleaned = tidy_labels(splits, config.labels)
-    if "test" in splits and not has_labels(splits["test"], config.labels):
-        notes.unlabelled = _unlabelled(splits.pop("test"), config.texts, faults)
-    labels = config.labels
+    names = splits["train"].column_names
+    texts, labels = config.texts.among(names), config.labels.among(names)
+    splits, notes.cleaned = tidy_labels(splits, labels)
+    if "test" in splits and not has_labels(splits["test"], labels):
+        notes.unlabelled = _unlabelled(splits.pop("test"), texts, faults)
     if faults is not None:
-        splits, labels = clean(splits, config.texts, labels, faults)
-    splits = notes.uncut = validate(splits, config.texts, labels)
+        splits, labels = clean(splits, texts, labels, faults)
+    splits = notes.uncut = validate(splits, texts, labels)
     if config.drop_rare is not None or config.merge_rare is not None:
         splits, notes.rare, notes.rare_rows = without_rare(splits, config.drop_rare, config.merge_rare)
     try:
@@ -252,7 +236,7 @@ def _how_it_was_found(rows: datasets.Dataset, task: Task) -> str:
     return ", found from the labels; --task chooses another"
 
 
-def _unlabelled(rows: datasets.Dataset, texts: TextConfig, faults: list[Fault] | None) -> datasets.Dataset:
+def _unlabelled(rows: datasets.Dataset, texts: TextColumns, faults: list[Fault] | None) -> datasets.Dataset:
     """Return the texts of a split without labels, and their numbers."""
     source = "split test"
     for column in texts.columns:
@@ -281,18 +265,19 @@ def load_rows_for_scoring(
         source = _read_source(config, faults)
         others = {"train": config.train_split, "validation": config.validation_split}
         splits = choose_splits(source, {"test": config.test_split}) or choose_splits(source, others)
-    config = config.among(next(iter(splits.values())).column_names)
+    names = next(iter(splits.values())).column_names
+    texts, labels = config.texts.among(names), config.labels.among(names)
     known = dataclasses.replace(task, names=(*task.names, *trained.rare_classes))
-    splits, _ = tidy_labels(splits, config.labels, known.names)
-    if "test" in splits and not has_labels(splits["test"], config.labels):
+    splits, _ = tidy_labels(splits, labels, known.names)
+    if "test" in splits and not has_labels(splits["test"], labels):
         problem = "it has no labels to compare with"
         raise UserError(f"split test: {problem}; --predict answers for its texts")
-    rare, merged = _rare_classes(splits, config, task, trained)
+    rare, merged = _rare_classes(splits, config, task, trained, texts=texts, labels=labels)
     known = dataclasses.replace(task, names=(*task.names, *rare))
     if faults is not None:
-        splits, _ = clean(splits, config.texts, config.labels, faults, known)
+        splits, _ = clean(splits, texts, labels, faults, known)
         runtime.say(f"skipped  {counted(len(faults), 'row')} that can't be used")
-    splits = validate(splits, config.texts, config.labels, trained=known)
+    splits = validate(splits, texts, labels, trained=known)
     about_rare = ""
     if rare:
         splits, about_rare = _without_rare_as_trained(splits, rare, merged, task)
@@ -322,7 +307,13 @@ def load_rows_for_scoring(
 
 
 def _rare_classes(
-    splits: Splits, config: DataConfig, task: Task, trained: SavedSettings
+    splits: Splits,
+    config: DataConfig,
+    task: Task,
+    trained: SavedSettings,
+    *,
+    texts: TextColumns,
+    labels: LabelColumns,
 ) -> tuple[list[str], str | None]:
     """Return the classes whose rows are not scored as they are, and the class that they make, None
     if they are left out: as the model remembers it, or where it remembers nothing and flags ask for
@@ -338,8 +329,8 @@ def _rare_classes(
         merged = trained.merge_rare
     rare = [name for name in trained.rare_classes if name not in task.names]
     if is_given and not rare:
-        check_columns(splits, config.texts, config.labels)
-        rare = _names_beyond(splits, config.labels, task)
+        check_columns(splits, texts, labels)
+        rare = _names_beyond(splits, labels, task)
     if rare and merged is not None and merged not in task.names:
         known = listed(sorted(task.names, key=natural_order), most=10)
         problem = f"the model has no such class; its classes are {known}"
@@ -347,7 +338,7 @@ def _rare_classes(
     return rare, merged
 
 
-def _names_beyond(splits: Splits, labels: LabelConfig, task: Task) -> list[str]:
+def _names_beyond(splits: Splits, labels: LabelColumns, task: Task) -> list[str]:
     """Return the names of classes in the splits that are none of the task's."""
     cells = {cell for rows in splits.values() for cell in cells_as_names(rows, labels.columns[0])}
     names = {name for name in cells if not (name is None or is_blank(name))}
@@ -434,8 +425,8 @@ def choose_splits(source: datasets.DatasetDict, wanted: dict[str, str | None]) -
 
 def validate(
     splits: Splits,
-    texts: TextConfig = TextConfig(),  # noqa: B008  (frozen)
-    labels: LabelConfig = LabelConfig(),  # noqa: B008
+    texts: TextColumns = TextConfig().among(()),  # noqa: B008  (frozen)
+    labels: LabelColumns = LabelConfig().among(()),  # noqa: B008
     *,
     trained: Task | None = None,
 ) -> Splits:
@@ -469,7 +460,7 @@ def validate(
     return {split: _with_labels(rows, read[split], task, texts) for split, rows in splits.items()}
 
 
-def _require_same_task(trained: Task, labels: LabelConfig) -> None:
+def _require_same_task(trained: Task, labels: LabelColumns) -> None:
     """Raise UserError unless the labels are for the task that a model was trained for."""
     if labels.task not in ("auto", trained.kind):
         raise UserError(
@@ -484,7 +475,7 @@ def _require_same_task(trained: Task, labels: LabelConfig) -> None:
         )
 
 
-def _in_order(values: list[Label], task: Task, labels: LabelConfig) -> list[Label]:
+def _in_order(values: list[Label], task: Task, labels: LabelColumns) -> list[Label]:
     """Return labels as a trained model orders them. Numbers are those of columns with the names of
     its outputs; if there are others, of as many columns in their order.
 
@@ -524,7 +515,7 @@ def _known_labels(split: str, values: list[Label], task: Task, complaint: str) -
     return [[known_name(row, label) for label in names] for row, names in numbered]
 
 
-def _check_texts(rows: datasets.Dataset, texts: TextConfig, source: str) -> None:
+def _check_texts(rows: datasets.Dataset, texts: TextColumns, source: str) -> None:
     """Raise UserError, naming `source` and row, unless each row has its text, or both of a pair; the
     columns must be there.
     """
@@ -540,7 +531,7 @@ def _check_texts(rows: datasets.Dataset, texts: TextConfig, source: str) -> None
     reading.check_texts(joined, name, source=source, advice=ADVICE)
 
 
-def _with_texts(rows: datasets.Dataset, texts: TextConfig) -> datasets.Dataset:
+def _with_texts(rows: datasets.Dataset, texts: TextColumns) -> datasets.Dataset:
     """Return only the texts of rows: the column `text`, and of pairs `text_pair`."""
     import datasets
 
@@ -555,7 +546,7 @@ def _with_texts(rows: datasets.Dataset, texts: TextConfig) -> datasets.Dataset:
 
 
 def _with_labels(
-    rows: datasets.Dataset, labels: list[Label], task: Task, texts: TextConfig
+    rows: datasets.Dataset, labels: list[Label], task: Task, texts: TextColumns
 ) -> datasets.Dataset:
     result: Any = _with_texts(rows, texts)
     result = result.add_column("label", task.cells(labels), feature=task.feature())

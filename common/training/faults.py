@@ -7,6 +7,7 @@ label can't be used. `clean` leaves both out.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from common.training.labels import (
     LISTS,
     MISSING,
     WHOLE,
-    LabelConfig,
+    LabelColumns,
     cells_as_names,
     find_kind,
     is_number,
@@ -38,7 +39,7 @@ from common.training.task import Task, task_of_rows
 if TYPE_CHECKING:
     import datasets
 
-    from common.training.data import Splits, TextConfig
+    from common.training.data import Splits, TextColumns
 
 NOT_UTF8 = "not UTF-8"
 TYPICAL = 0.9  # share of the rows that tells what kind of labels a column has
@@ -52,8 +53,8 @@ RARE = 10  # texts of a class in training, below which it is said
 
 
 def clean(
-    splits: Splits, texts: TextConfig, labels: LabelConfig, faults: list[Fault], trained: Task | None = None
-) -> tuple[Splits, LabelConfig]:
+    splits: Splits, texts: TextColumns, labels: LabelColumns, faults: list[Fault], trained: Task | None = None
+) -> tuple[Splits, LabelColumns]:
     """Return the splits without the rows whose text or label can't be used, which are added to
     `faults`, and the labels with the task that the other rows have.
 
@@ -77,10 +78,10 @@ def clean(
         if not len(cleaned[split]):
             problem = "it has no row that can be used"
             raise UserError(f"split {split}: {problem}; --inspect lists why")
-    return cleaned, LabelConfig(labels.label_column, kind, labels.label_separator)
+    return cleaned, dataclasses.replace(labels, task=kind)
 
 
-def check_columns(splits: Splits, texts: TextConfig, labels: LabelConfig) -> None:
+def check_columns(splits: Splits, texts: TextColumns, labels: LabelColumns) -> None:
     """Raise UserError unless the columns of texts and labels are there, and none is both."""
     both = [column for column in texts.columns if column in labels.columns]
     if both:
@@ -97,7 +98,7 @@ def check_columns(splits: Splits, texts: TextConfig, labels: LabelConfig) -> Non
             raise UserError(f"split {split}: it has no rows; choose another with --{split}-split")
 
 
-def has_labels(rows: datasets.Dataset, labels: LabelConfig) -> bool:
+def has_labels(rows: datasets.Dataset, labels: LabelColumns) -> bool:
     """Tell whether any row of a split has a label: in competitions none has, or -1 in each."""
     present = [column for column in labels.columns if column in rows.column_names]
     if len(present) < len(labels.columns):
@@ -111,7 +112,7 @@ def has_labels(rows: datasets.Dataset, labels: LabelConfig) -> bool:
     return False
 
 
-def _kind(rows: datasets.Dataset, labels: LabelConfig) -> Kind:
+def _kind(rows: datasets.Dataset, labels: LabelColumns) -> Kind:
     """Return the task of labels some of which may be wrong: that which fits nearly all rows."""
     kinds = [reading.kind(rows, column) for column in labels.columns]
     if labels.task != "auto" or any(kind in LISTS for kind in kinds):
@@ -137,7 +138,7 @@ def _is_numeric(value: str) -> bool:
     return DECIMAL.fullmatch(value) is not None or _is_flag(value)
 
 
-def text_problems(rows: datasets.Dataset, texts: TextConfig) -> Iterator[str]:
+def text_problems(rows: datasets.Dataset, texts: TextColumns) -> Iterator[str]:
     """Yield what is wrong with the text of each row, or with one of a pair; "" if nothing is.
 
     Of columns that are joined, a cell may be empty: the text that they make together may not.
@@ -154,7 +155,7 @@ def text_problems(rows: datasets.Dataset, texts: TextConfig) -> Iterator[str]:
             yield _row_problem(row, texts)
 
 
-def _row_problem(cells: Sequence[bytes | None], texts: TextConfig) -> str:
+def _row_problem(cells: Sequence[bytes | None], texts: TextColumns) -> str:
     try:
         parts = [None if cell is None else cell.decode() for cell in cells]
     except UnicodeDecodeError:
@@ -164,7 +165,7 @@ def _row_problem(cells: Sequence[bytes | None], texts: TextConfig) -> str:
     return next(filter(None, map(reading.text_problem, parts)), "")
 
 
-def _label_problems(rows: datasets.Dataset, kind: Kind, labels: LabelConfig) -> list[str]:
+def _label_problems(rows: datasets.Dataset, kind: Kind, labels: LabelColumns) -> list[str]:
     """Return what is wrong with the label of each row (N) on its own, "" if nothing is."""
     columns = labels.columns
     if len(columns) == 1 and reading.kind(rows, columns[0]) in LISTS:
@@ -183,7 +184,7 @@ def _label_problems(rows: datasets.Dataset, kind: Kind, labels: LabelConfig) -> 
     return problems
 
 
-def _cell_problem(value: str | None, kind: Kind, labels: LabelConfig, *, is_flag: bool) -> str:
+def _cell_problem(value: str | None, kind: Kind, labels: LabelColumns, *, is_flag: bool) -> str:
     if labels.label_separator is not None:
         return ""  # no label is a label there
     if value is None or is_blank(value):
@@ -205,7 +206,7 @@ def _list_problem(cell: list | None, kind: Kind, usual: int) -> str:
     return ""
 
 
-def _names_of(rows: datasets.Dataset, kind: Kind, labels: LabelConfig) -> list[list[str]]:
+def _names_of(rows: datasets.Dataset, kind: Kind, labels: LabelColumns) -> list[list[str]]:
     """Return the names of labels in each row (N), none where they are columns, numbers or lists."""
     column = labels.columns[0]
     if kind != REGRESSION and len(labels.columns) == 1 and reading.kind(rows, column) not in LISTS:

@@ -9,15 +9,15 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from common import reading
-from common.columns import split_columns
+from common.columns import named_columns
 from common.errors import UserError, counted, quoted
 from common.sources import INVISIBLE, is_blank
-from common.training.run import LABEL_COLUMN, MULTI, REGRESSION, SINGLE, TASKS, Kind
+from common.training.run import LABEL_COLUMN, MULTI, REGRESSION, SINGLE, TASKS, Kind, check_label_columns
 
 if TYPE_CHECKING:
     import datasets
@@ -46,17 +46,30 @@ Label: TypeAlias = "Any"  # str | list[str] | list[float]
 class LabelConfig:
     """Which columns hold the labels, and what they mean; the fields are named as their flags."""
 
-    label_column: str | tuple[str, ...] = LABEL_COLUMN  # with commas between several; a tuple: as in a header
+    label_column: str = LABEL_COLUMN  # with commas between several
     task: str = "auto"
     label_separator: str | None = None
     clean_labels: bool = False
     decimal: str = "."
 
-    @property
-    def columns(self) -> list[str]:
-        """The columns of the labels."""
-        named = self.label_column
-        return split_columns(named) if isinstance(named, str) else list(named)
+    def among(self, names: Collection[str]) -> LabelColumns:
+        """Return which of the columns in a header hold the labels, and what they mean. Raises UserError
+        for a count of them that other flags don't fit.
+        """
+        columns = named_columns(self.label_column, names, flag="--label-column")
+        check_label_columns(columns, self.label_separator)
+        return LabelColumns(columns, self.task, self.label_separator, self.clean_labels, self.decimal)
+
+
+@dataclass(frozen=True)
+class LabelColumns:
+    """The columns of a data set that hold its labels, and what they mean."""
+
+    columns: list[str]
+    task: str
+    label_separator: str | None
+    clean_labels: bool
+    decimal: str
 
 
 # Labels that are written in several ways ----------------------------------------------------------
@@ -78,7 +91,7 @@ def seen_name(name: str) -> str:
 
 
 def tidy_labels(
-    splits: dict[str, datasets.Dataset], config: LabelConfig, trained: Sequence[str] | None = None
+    splits: dict[str, datasets.Dataset], config: LabelColumns, trained: Sequence[str] | None = None
 ) -> tuple[dict[str, datasets.Dataset], dict[str, str | None]]:
     """Return the splits with the labels in their columns of strings written in one way, as
     --clean-labels and --decimal ask for; and what was changed: label -> new label, None for none.
@@ -115,7 +128,7 @@ def tidy_labels(
 
 
 def _usual_spellings(
-    rows: datasets.Dataset, config: LabelConfig, trained: Sequence[str] | None
+    rows: datasets.Dataset, config: LabelColumns, trained: Sequence[str] | None
 ) -> dict[str, str]:
     """Return how each name is spelled most often, by the name as it is seen; of equally frequent
     spellings the first in sorted order.
@@ -132,7 +145,7 @@ def _usual_spellings(
     return usual
 
 
-def _tidy_name(name: str, config: LabelConfig, usual: dict[str, str]) -> str | None:
+def _tidy_name(name: str, config: LabelColumns, usual: dict[str, str]) -> str | None:
     """Return a label as it is meant: a number with a decimal point, or a name in its usual spelling;
     None where it stands for a missing one.
     """
@@ -144,7 +157,7 @@ def _tidy_name(name: str, config: LabelConfig, usual: dict[str, str]) -> str | N
     return None if seen in MISSING else usual.get(seen, name.strip())
 
 
-def _string_columns(rows: datasets.Dataset, config: LabelConfig) -> list[str]:
+def _string_columns(rows: datasets.Dataset, config: LabelColumns) -> list[str]:
     present = [column for column in config.columns if column in rows.column_names]
     return [column for column in present if reading.kind(rows, column).endswith("string")]
 
@@ -152,7 +165,7 @@ def _string_columns(rows: datasets.Dataset, config: LabelConfig) -> list[str]:
 # Which task labels ask for, and what they say -----------------------------------------------------
 
 
-def find_kind(rows: datasets.Dataset, config: LabelConfig) -> Kind:
+def find_kind(rows: datasets.Dataset, config: LabelColumns) -> Kind:
     """Return the kind of task that labels ask for where `--task auto` leaves it open.
 
     Several columns, or lists, are labels if they hold names, or nothing but 0 and 1; else numbers.
@@ -221,7 +234,7 @@ def cells_as_names(rows: datasets.Dataset, column: str) -> list[str | None]:
     return [None if value is None or value != value else str(value) for value in values]
 
 
-def read_labels(split: str, rows: datasets.Dataset, kind: Kind, config: LabelConfig) -> list[Label]:
+def read_labels(split: str, rows: datasets.Dataset, kind: Kind, config: LabelColumns) -> list[Label]:
     """Return the label of each row (N). Raises UserError, naming split and row, for one that is
     missing or of another kind.
     """
@@ -322,7 +335,7 @@ def is_number(value: Any) -> bool:
         return False
 
 
-def read_label_lists(split: str, rows: datasets.Dataset, config: LabelConfig) -> list[list[str]]:
+def read_label_lists(split: str, rows: datasets.Dataset, config: LabelColumns) -> list[list[str]]:
     """Return the labels of each row (N), each a list that may be empty.
 
     They are the names of the columns that hold 1 or true; the items of a list, or of the 0 and 1 in
@@ -387,7 +400,7 @@ def _listed_labels(split: str, rows: datasets.Dataset, column: str) -> list[list
 
 
 def label_names(
-    rows: datasets.Dataset, kind: Kind, labels: Sequence[Label], config: LabelConfig
+    rows: datasets.Dataset, kind: Kind, labels: Sequence[Label], config: LabelColumns
 ) -> list[str]:
     """Return the names of the answers that the labels (N) of a training split ask for, in order:
     those of its columns; those that the data set lists; else strings sorted, and numbers by value.

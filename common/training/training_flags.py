@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from common import bundled, cli, hub, reading, sources
-from common.columns import add_kept_flags, column_names, named_columns, possible_columns
+from common.columns import add_kept_flags, named_columns
 from common.errors import UserError
 from common.training import predictions, study
 from common.training.run import (
@@ -125,7 +125,7 @@ def add_text_flags(parser: cli.Parser) -> None:
         "column of the texts; or two or more, separated by commas, with --text-mode"
         f" (default: {TEXT_COLUMN}, {as_trained})"
     )
-    flag("--text-column", type=column_names, help=help_text)
+    flag("--text-column", help=help_text)
     help_text = (
         "what several columns are: two texts that are read together (pair), or parts of one text"
         " (join; default: one column, or as a saved model was trained)"
@@ -136,7 +136,7 @@ def add_text_flags(parser: cli.Parser) -> None:
         "column of the labels; several, separated by commas, hold 0 or 1 for each, or numbers"
         f" (default: {LABEL_COLUMN}, {as_trained})"
     )
-    flag("--label-column", type=column_names, help=help_text)
+    flag("--label-column", help=help_text)
     help_text = (
         "what a text has: one class (single), any number of labels (multi) or numbers (regression);"
         " auto: found from the labels"
@@ -431,7 +431,7 @@ def check_flags(args: argparse.Namespace) -> None:
         sources.check_texts(args.predict, any_suffix=is_table)
         check_output_flags(args)
         options = cli.file_options(args)
-        reading.check_columns(args.predict, {}, as_text=(), options=options)
+        reading.check_columns(args.predict, {}, options=options)
         return
     cli.refuse_unused(args, OF_PREDICTIONS, default_of, "it works with --predict only")
     sources.check_data(args.dataset, any_suffix=is_table)
@@ -447,26 +447,26 @@ def check_files(args: argparse.Namespace) -> None:
     it lacks, as its beginning shows; a test split may have no labels.
     """
     options = cli.file_options(args)
-    named = args.text_column or TEXT_COLUMN, args.label_column or LABEL_COLUMN
-    both = [name for text in named for name in possible_columns(text)]
-    names, is_plain = [], all(len(possible_columns(text)) == 1 for text in named)
-    if not is_plain and not bundled.is_bundled(args.dataset):
-        names = reading.names_at_once(args.dataset, both, options=options)
-    texts, labels = (named_columns(text, names) for text in named)
-    # a header that is not seen yet may have a column of the whole name
-    is_clear = is_plain or bundled.is_bundled(args.dataset) or len(names) > 0
-    if is_clear and not args.evaluate_only:  # else as the saved model was trained
-        check_text_columns(texts, args.text_mode)
-        check_label_columns(labels, args.label_separator)
+    text = TEXT_COLUMN if args.text_column is None else args.text_column
+    label = LABEL_COLUMN if args.label_column is None else args.label_column
+    names = [TEXT_COLUMN, LABEL_COLUMN]
+    if not bundled.is_bundled(args.dataset):
+        names = reading.names_at_once(args.dataset, [text, label], options=options)
+    if not args.evaluate_only:  # else as the saved model was trained
+        # a header that is not seen yet may have a column of the whole name
+        if names or "," not in text:
+            check_text_columns(named_columns(text, names, flag="--text-column"), args.text_mode)
+        if names or "," not in label:
+            check_label_columns(named_columns(label, names, flag="--label-column"), args.label_separator)
     files = {"train": args.dataset, "validation": args.validation_file, "test": args.test_file}
     is_known = not (args.evaluate_only or args.train_split or args.test_split or args.validation_split)
     for split, name in files.items():
         if name is None or bundled.is_bundled(name):
             continue
-        wanted = dict.fromkeys(texts, "--text-column") if is_known and is_clear else {}
-        if wanted and split != "test":
-            wanted |= dict.fromkeys(labels, "--label-column")
-        reading.check_columns(name, wanted, as_text=both, options=options, source=f"split {split}")
+        wanted = {text: "--text-column"} if is_known else {}
+        if is_known and split != "test":
+            wanted[label] = "--label-column"
+        reading.check_columns(name, {}, several=wanted, options=options, source=f"split {split}")
 
 
 def check_hub_flags(args: argparse.Namespace) -> None:

@@ -72,7 +72,7 @@ class Texts:
 
     def __init__(self, file: BinaryIO, source: str, config: TextConfig, faults: list[Fault] | None) -> None:
         self.file, self.source, self.config, self.faults = file, source, config, faults
-        self.columns = config.columns  # that texts are read from
+        self.columns: list[str] = []  # that texts are read from
         self.kept: list[str] = []  # other columns, which stand beside the answers
         self.is_pair = config.text_mode == PAIR
         self.table: Any = None  # of lines
@@ -81,7 +81,7 @@ class Texts:
         """Read the source as a data file. Raises UserError for a column that is not there, or that
         holds no texts.
         """
-        named = [str(self.config.text_column), *([sources.EVERY_COLUMN] if kept is None else kept)]
+        named = [self.config.text_column, *([sources.EVERY_COLUMN] if kept is None else kept)]
         as_text = [name for text in named for name in possible_columns(text)]
         rows = reading.read_table(
             self.file, self.source, as_text=as_text, options=options, cache_dir=cache_dir, faults=self.faults
@@ -99,11 +99,13 @@ class Texts:
         """Raise UserError for flags that name columns, for lines have none, and for a first line that
         names those of the texts: it is the header of a table.
         """
+        text = self.config.text_column
+        parts = {part.strip() for part in text.split(",")}
         first = next(reading.raw_lines(self.file), b"").decode("utf-8-sig", "replace")
         for word in ("comma", "tab", "semicolon", "pipe"):
             cells = [cell.strip(' "') for cell in first.split(cli.DELIMITERS[word])]
-            if len(cells) > 1 and set(self.columns) <= set(cells):
-                problem = f"it names the column {', '.join(self.columns)}, as a table does"
+            if len(cells) > 1 and (text.strip() in cells or parts <= {*cells}):
+                problem = f"it names the column {text}, as a table does"
                 advice = f"read it as one with --delimiter {word}, or remove the line"
                 raise UserError(f"{self.source}, line 1: {problem}; {advice}")
         if named is not None:

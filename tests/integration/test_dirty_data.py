@@ -299,6 +299,24 @@ def test_columns_with_spaces_and_commas_are_named_as_a_whole(run, tmp_path):
     assert code == 2 and "--text-column title, review: say with --text-mode" in said, said
 
 
+def test_only_the_header_tells_what_a_name_with_commas_is(run, tmp_path):
+    source = tmp_path / "data.csv"
+    for named, header, advice in [
+        ("yes, or no, or no", "label", "'or no' comes twice"),
+        ("label,", "mood", "one is empty"),
+        ("", "mood", "one is empty"),
+        ("label, mood ", "label", "no column 'mood' among text, label"),
+    ]:
+        for column in [header, *([named] if named else [])]:
+            rows = [f"{text},{label}" for text, label in make_sentences(40)]
+            source.write_text("\n".join([f'text,"{column}"', *rows]) + "\n")
+            code, printed, said = run(source, "--label-column", named, "--inspect")
+            if column == named:
+                assert code == 0 and "2 classes" in printed, said
+            else:
+                assert code == 2 and "--label-column" in said and advice in said, said
+
+
 def test_labels_that_training_lacks_are_faults_of_the_other_splits(run, tmp_path):
     folder = tmp_path / "splits"
     folder.mkdir()

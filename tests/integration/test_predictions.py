@@ -301,6 +301,8 @@ def test_evaluate_only_parts_labels_as_the_training_did(model_of_reviews, tmp_pa
     "header, flags, parts",
     [
         ("id,text", [], ("line 1", "column text", "--delimiter comma")),
+        ("id;a, or b, or b", ["--text-column", "a, or b, or b"], ("line 1", "column a, or b", "semicolon")),
+        ("a text", ["--text-column", "a, or b, or b"], ("--text-column a, or b, or b", "no columns")),
         ('"text"\tid', [], ("line 1", "column text", "--delimiter tab")),
         ("id;Review", ["--text-column", "review"], ("--text-column review", "no columns", "--delimiter")),
     ],

@@ -183,7 +183,7 @@ SPELLINGS = {"pos": ["pos", "pos", " pos", "POS ", "Pos"], "neg": ["neg", "neg",
 def test_tidy_labels_are_the_most_frequent_spelling_or_none(labels):
     missing = ["NaN", "n/a", " ", "NULL"]
     splits = {"train": make([*labels, *missing, None]), "test": make(["PoS", "other", "NA"])}
-    config = LabelConfig(clean_labels=True)
+    config = LabelConfig(clean_labels=True).among(())
     tidied, changes = tidy_labels(splits, config)
     expected = [name for label in labels for name, group in SPELLINGS.items() if label in group]
     assert tidied["train"]["label"][:] == [*expected, *[None] * 5]
@@ -192,20 +192,20 @@ def test_tidy_labels_are_the_most_frequent_spelling_or_none(labels):
     assert tidied["train"]["text"][:] == splits["train"]["text"][:]
     trained, _ = tidy_labels(splits, config, ["POS ", "neg"])
     assert set(trained["train"]["label"][:]) == {"POS ", "neg", None}
-    same, none = tidy_labels(splits, LabelConfig())
+    same, none = tidy_labels(splits, LabelConfig().among(()))
     assert same["train"]["label"][:] == splits["train"]["label"][:] and not none
 
 
 def test_tidy_labels_of_a_cell_with_several():
     rows = make(["a; B", "b ;a", "b", "NaN", ""])
-    config = LabelConfig(label_separator=";", clean_labels=True)
+    config = LabelConfig(label_separator=";", clean_labels=True).among(())
     tidied, _ = tidy_labels({"train": rows}, config)
     assert tidied["train"]["label"][:] == ["a;b", "b;a", "b", "", ""]
 
 
 def test_decimal_commas():
     rows = make(["1,5", "-,25", "2", "1.5", "a,5", "1,5,2"])
-    tidied, _ = tidy_labels({"train": rows}, LabelConfig(decimal=","))
+    tidied, _ = tidy_labels({"train": rows}, LabelConfig(decimal=",").among(()))
     assert tidied["train"]["label"][:] == ["1.5", "-.25", "2", "1.5", "a,5", "1,5,2"]
 
 
@@ -282,9 +282,9 @@ def test_the_columns_are_text_label_and_row():
     rows = datasets.Dataset.from_dict(
         {"row": ["x", "y"], "stars": [5, 1], "review": ["good", "bad"], "text": [1, 2], "label": [None, None]}
     )
-    rows = data.validate(datasets.DatasetDict(train=rows), TextConfig("review"), LabelConfig("stars"))[
-        "train"
-    ]
+    rows = data.validate(
+        datasets.DatasetDict(train=rows), TextConfig("review").among(()), LabelConfig("stars").among(())
+    )["train"]
     assert rows[:] == {"text": ["good", "bad"], "label": [1, 0], "row": [1, 2]}
 
 
@@ -332,7 +332,7 @@ def test_the_columns_are_text_label_and_row():
 )
 def test_what_is_wrong_with_labels_is_said_with_its_place(rows, message):
     with pytest.raises(UserError, match=f"^{message}"):
-        data.validate(datasets.DatasetDict(train=rows), labels=LabelConfig(task=SINGLE))
+        data.validate(datasets.DatasetDict(train=rows), labels=LabelConfig(task=SINGLE).among(()))
 
 
 def test_a_label_that_train_lacks_is_named_with_the_labels_that_it_has():
@@ -595,14 +595,16 @@ def test_whole_labels_agree_between_splits_and_with_a_trained_model():
 
 @pytest.mark.parametrize("labels", [["0.5", "1.0", "1.5"] * 1000, [0.5, 1.0, 1.5] * 1000])
 def test_few_numbers_with_decimals_are_classes_only_where_that_is_said(labels):
-    rows = data.validate(datasets.DatasetDict(train=make(labels)), labels=LabelConfig(task=SINGLE))["train"]
+    rows = data.validate(datasets.DatasetDict(train=make(labels)), labels=LabelConfig(task=SINGLE).among(()))[
+        "train"
+    ]
     assert rows.features["label"].names == ["0.5", "1.0", "1.5"]
 
 
 @pytest.mark.parametrize("labels", [[f"{n / 7:.3f}" for n in range(1, 31)], ["1.5", "2.0"], ["0.25", "3"]])
 def test_scores_are_no_classes(labels):
     with pytest.raises(UserError, match="'label' holds decimal numbers, but labels are"):
-        data.validate(datasets.DatasetDict(train=make(labels)), labels=LabelConfig(task=SINGLE))
+        data.validate(datasets.DatasetDict(train=make(labels)), labels=LabelConfig(task=SINGLE).among(()))
 
 
 @pytest.mark.parametrize(
@@ -660,7 +662,11 @@ def test_splits_that_are_not_used_are_said(tmp_path, cache_dir, capsys):
 
 def test_the_text_is_not_its_own_label():
     with pytest.raises(UserError, match="--text-column text: --label-column names the same column"):
-        data.validate(datasets.DatasetDict(train=make(["a", "b"])), TextConfig("text"), LabelConfig("text"))
+        data.validate(
+            datasets.DatasetDict(train=make(["a", "b"])),
+            TextConfig().among(()),
+            LabelConfig("text").among(()),
+        )
 
 
 # The cache of tokens ------------------------------------------------------------------------------

@@ -524,7 +524,7 @@ def test_the_beginning_of_a_file_tells_what_its_reader_would_tell(name, tmp_path
     path.write_bytes(content)
     flags = {column: "--text-column"}
     try:
-        reading.check_columns(str(path), flags, as_text=[column], options=written)
+        reading.check_columns(str(path), flags, options=written)
         at_once = None
     except UserError as error:
         at_once = str(error)
@@ -540,7 +540,7 @@ def test_long_json_is_left_to_its_reader(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(ROWS[0]))
     monkeypatch.setattr(reading, "READ_AT_ONCE", 10)
-    reading.check_columns(str(path), {"no": "--text-column"}, as_text=["no"], options=FileOptions())
+    reading.check_columns(str(path), {"no": "--text-column"}, options=FileOptions())
 
 
 def test_the_column_of_row_numbers_is_not_shown():

@@ -359,3 +359,19 @@ def test_a_text_of_20_mb_is_refused_or_passed_over(tmp_path, cache_dir):
     with pytest.raises(UserError, match="t.txt, line 2: the text has more than 10,000,000 characters"):
         read(tmp_path / "t.txt", cache_dir)
     assert len(read(tmp_path / "t.txt", cache_dir, skip_bad=True)) == 1
+
+
+def test_a_text_column_goes_by_its_whole_name_first(tmp_path, cache_dir):
+    path = tmp_path / "t.csv"
+
+    def found(named: str) -> list[str]:
+        return [row[TEXT] for row in rows_of(read(path, cache_dir, text_column=named))]
+
+    path.write_text('id, d,b," d,b"\n1,two,three,four\n')
+    for named, text in [(" d,b", "four"), (" d, b", "two three"), ("b, d", "three two"), (" d", "two")]:
+        assert found(named) == [text]
+    path.write_text("id, d,b\n1,two,three\n")
+    assert found(" d,b") == ["two three"]
+    for named, problem in [("b,b", "'b' comes twice"), ("b,", "one is empty"), ("b,d", "no column 'd'")]:
+        with pytest.raises(UserError, match=f"{problem}.*--text-column"):
+            found(named)
