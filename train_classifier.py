@@ -711,8 +711,6 @@ def saved_labels(saved: SavedModel, args: argparse.Namespace) -> LabelConfig:
     labels, trained = config_from_flags(LabelConfig, args), saved.settings
     if args.label_column is None and trained.label_column is not None:
         labels = dataclasses.replace(labels, label_column=trained.label_column)
-    if args.label_separator is None and ("," not in labels.label_column or args.label_column is None):
-        labels = dataclasses.replace(labels, label_separator=trained.label_separator)
     return labels
 
 

@@ -267,6 +267,8 @@ def load_rows_for_scoring(
         splits = choose_splits(source, {"test": config.test_split}) or choose_splits(source, others)
     names = next(iter(splits.values())).column_names
     texts, labels = config.texts.among(names), config.labels.among(names)
+    if labels.label_separator is None and len(labels.columns) == 1:  # several columns have none
+        labels = dataclasses.replace(labels, label_separator=trained.label_separator)
     known = dataclasses.replace(task, names=(*task.names, *trained.rare_classes))
     splits, _ = tidy_labels(splits, labels, known.names)
     if "test" in splits and not has_labels(splits["test"], labels):

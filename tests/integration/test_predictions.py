@@ -286,14 +286,14 @@ def test_evaluate_only_parts_labels_as_the_training_did(model_of_reviews, tmp_pa
     settings = {**json.loads(trained.read_text()), "label_separator": ";", "thresholds": [0.5, 0.5]}
     trained.write_text(json.dumps(settings))
     source, labels = tmp_path / "several.csv", {"neg": "LABEL_0; LABEL_1", "pos": "LABEL_1"}
-    rows = [f"{text},{labels[label]}" for text, label in make_sentences(40)]
-    source.write_text("\n".join(["review,mood", *rows]) + "\n")
+    rows = [f"{text},{labels[label]},{labels[label]}" for text, label in make_sentences(40)]
+    source.write_text("\n".join(['review,mood,"good, or bad"', *rows]) + "\n")
     flags = ["--model", model_of_reviews, "--dataset", source, "--evaluate-only", *CPU]
     screens = []
-    for named in ([], ["--label-separator", ";"]):
+    for named in ([], ["--label-separator", ";"], ["--label-column", "good, or bad"]):
         assert exit_code_in_process(train_classifier, [*flags, *named]) == 0, capsys.readouterr().err
         screens.append(capsys.readouterr().out)
-    assert screens[0] == screens[1]
+    assert screens[0] == screens[1] == screens[2]
 
 
 @pytest.mark.parametrize("name", ["new.txt", "-"])
