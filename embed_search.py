@@ -456,8 +456,9 @@ def dedupe(args: argparse.Namespace, screen: Screen) -> None:
         with runtime.raised_on_all():  # the other processes wait for the first, which writes
             if runtime.is_main:
                 kept = mining.one_of_each(selection, groups, args.keep)
-                path, text = args.output, args.text_column
-                order = () if isinstance(source, str) else source.rows.column_names
+                path, text, order = args.output, args.text_column, ()
+                if not isinstance(source, str):
+                    text, order = source.text_column or text, source.rows.column_names
                 count = display.write_rows(selection, kept, path, text_column=text, order=order)
                 options = {"count": count, "threshold": args.threshold}
                 display.show_dedupe(screen, selection, groups, path, **options)

@@ -498,12 +498,12 @@ def write_rows(
     selection: Selection, positions: np.ndarray, path: str, *, text_column: str, order: Sequence[str] = ()
 ) -> int:
     """Write the texts at some positions with their columns to a new JSONL, CSV or Parquet file,
-    whole or not at all, and return how many they are. The texts have the column that they came in;
-    `order` is that of the columns in their source, where TEXT stands for it.
+    whole or not at all, and return how many they are. The texts are in `text_column`, unless another
+    one has this name; `order` is that of the columns in their source, where TEXT stands for it.
     """
     snapshot = selection.snapshot
     columns = {name: kind for name, kind in snapshot.columns.items() if name != ROW}
-    text = unused_name(text_column.split(",")[-1].strip(), list(columns))
+    text = unused_name(text_column, list(columns))
     kinds = {**columns, TEXT: pa.large_string()}
     names = [name for name in dict.fromkeys([*order, *kinds]) if name in kinds]
     schema = pa.schema([(text if name == TEXT else name, kinds[name]) for name in names])

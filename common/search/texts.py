@@ -46,18 +46,20 @@ ANY_ID = "id or _id"  # stands for the first of them that is there
 
 class Part(NamedTuple):
     """One of the sources of a collection. `unit` is what a row is there: "line", "row", "file" of a
-    folder, or "text": all of it.
+    folder, or "text": all of it. `text_column`: as in Collection.
     """
 
     first_row: int
     name: str
     unit: str
+    text_column: str | None = None
 
 
 @dataclass(frozen=True)
 class Collection:
     """Texts and where they come from. `rows` is an Arrow table: the texts in the column TEXT, and
-    the other columns, the metadata. `bad`: row -> why it is skipped.
+    the other columns, the metadata. `bad`: row -> why it is skipped. `text_column`: the name of the
+    column that had the texts, None for those of no table.
     """
 
     name: str
@@ -66,11 +68,12 @@ class Collection:
     bad: dict[int, str]
     id_column: str | None = None
     parts: tuple[Part, ...] = ()  # one for each of several sources
+    text_column: str | None = None
 
     def location(self, row: int) -> str:
         """Return where a row is in its source, for a person."""
         parts = [part for part in self.parts if part.first_row <= row]
-        first, name, unit = parts[-1] if parts else Part(0, self.name, self.unit)
+        first, name, unit, _ = parts[-1] if parts else Part(0, self.name, self.unit)
         if unit == "text":
             return name
         if unit == "file":
@@ -155,7 +158,8 @@ def read(
     columns = [column for column in rows.column_names if column != TEXT]
     if id_column == ANY_ID:
         id_column = next((name for name in USUAL_IDS if name in columns), USUAL_IDS[0])
-    collection = Collection(shown, rows, parts[0].unit, bad.reasons, id_column, parts)
+    named = next((part.text_column for part in parts if part.text_column is not None), None)
+    collection = Collection(shown, rows, parts[0].unit, bad.reasons, id_column, parts, named)
     if id_column is not None:
         require_column(columns, id_column, source=collection.name, flag="--id-column")
     _check_rows(collection, id_column, bad)
@@ -173,9 +177,9 @@ def _read_parts(all_sources: list[TextSource], bad: BadRows) -> tuple[tuple[Part
         parts, tables, first = [], [], 0
         for source in all_sources:
             own = BadRows(bad.skip)
-            rows, unit = _read_rows(source, own)
+            rows, column, unit = _read_rows(source, own)
             bad.reasons |= {first + row: reason for row, reason in own.reasons.items()}
-            parts.append(Part(first, plain_files.source_name(source.name), unit))
+            parts.append(Part(first, plain_files.source_name(source.name), unit, column))
             tables.append(rows)
             first += len(rows)
         fields = [field for rows in tables for field in rows.schema]
@@ -303,18 +307,19 @@ def _id_problems(block: pa.Table, id_column: str, good: np.ndarray, known_ids: R
     return problems
 
 
-def _read_rows(source: TextSource, bad: BadRows) -> tuple[pa.Table, str]:
-    """Return the rows of a source (TEXT, and the columns that came with it), and what a row is
-    called there. Rows that are not UTF-8 are added to `bad`; their values mean nothing.
+def _read_rows(source: TextSource, bad: BadRows) -> tuple[pa.Table, str | None, str]:
+    """Return the rows of a source (TEXT, and the columns that came with it), the name that the column
+    TEXT has there, None in lines and files of text, and what a row is called. Rows that are not UTF-8
+    are added to `bad`; their values mean nothing.
     """
     name, options = source.name, source.options
     if bundled.is_bundled(name):
         if name not in bundled.DATASETS:
             names = ", ".join(bundled.DATASETS)
             raise UserError(f"{name}: no such bundled data set; there is {names}")
-        return _to_table(bundled.DATASETS[name](), source, name), "row"
+        return *_to_table(bundled.DATASETS[name](), source, name), "row"
     if name and name != "-" and sources.kind_of_path(name) == "folder":
-        return _gather(_folder_rows(Path(name), options.encoding, bad), source.cache_dir), "file"
+        return _gather(_folder_rows(Path(name), options.encoding, bad), source.cache_dir), None, "file"
     sources.check_texts(name, any_suffix=options.is_table)
     with plain_files.open_plain(name, encoding=options.encoding, folder=source.cache_dir) as file:
         if name == "-":
@@ -322,14 +327,14 @@ def _read_rows(source: TextSource, bad: BadRows) -> tuple[pa.Table, str]:
             source = dataclasses.replace(source, options=options)
         if sources.suffix(name) == MARKDOWN and not options.is_table:
             row = {TEXT: _decode(file.read(), name, 0, bad), "file": Path(name).name}
-            return _gather(iter([row]), source.cache_dir), "text"
+            return _gather(iter([row]), source.cache_dir), None, "text"
         if not reading.is_table(file, name, options):
-            return _gather(_line_rows(file, name, bad), source.cache_dir), "line"
+            return _gather(_line_rows(file, name, bad), source.cache_dir), None, "line"
         is_text = sources.suffix(name) != ".parquet"
         if bad.skip and is_text and _first_fault(file, source):
-            return _read_repaired(file, source, bad), "row"
+            return *_read_repaired(file, source, bad), "row"
         try:
-            rows = _read_table(file, source)
+            rows, text_column = _read_table(file, source)
         except UserError:
             fault = _first_fault(file, source) if is_text else None
             if fault is None:
@@ -338,7 +343,7 @@ def _read_rows(source: TextSource, bad: BadRows) -> tuple[pa.Table, str]:
         if not is_text:
             rows = _without_exported_vectors(rows, file, name)
             _check_parquet(rows, name, bad)
-        return rows, "row"
+        return rows, text_column, "row"
 
 
 def _options_of_stream(
@@ -362,8 +367,8 @@ def _options_of_stream(
     return options
 
 
-def _read_table(file: BinaryIO, source: TextSource) -> pa.Table:
-    """Return the rows of a data file that is open and plain."""
+def _read_table(file: BinaryIO, source: TextSource) -> tuple[pa.Table, str]:
+    """Return the rows of a data file that is open and plain, and the name of the column TEXT there."""
     ids = USUAL_IDS if source.id_column == ANY_ID else (source.id_column or source.text_column,)
     columns = list(dict.fromkeys([*possible_columns(source.text_column), *ids]))
     # in JSON a text is one by its quotation marks
@@ -372,18 +377,18 @@ def _read_table(file: BinaryIO, source: TextSource) -> pa.Table:
     rows = reading.read_table(
         file, shown_name, as_text=[*columns, *codes], options=source.options, cache_dir=source.cache_dir
     )
-    table = _to_table(rows, source, shown_name)
+    table, text_column = _to_table(rows, source, shown_name)
     for place, name in enumerate(table.column_names):
         if name in codes and pa.types.is_string(table.schema.field(name).type):
             # as in all other columns, a cell without anything in it is missing
             column = pc.if_else(pc.equal(table[name], ""), None, table[name])
             table = table.set_column(place, name, column)
-    return table
+    return table, text_column
 
 
-def _to_table(rows: datasets.Dataset, source: TextSource, shown_name: str) -> pa.Table:
+def _to_table(rows: datasets.Dataset, source: TextSource, shown_name: str) -> tuple[pa.Table, str]:
     """Return a data set as a table whose text column is TEXT, with the names of classes in place of
-    their numbers.
+    their numbers; and the name that this column had.
     """
     import datasets
 
@@ -408,7 +413,7 @@ def _to_table(rows: datasets.Dataset, source: TextSource, shown_name: str) -> pa
             column = column.cast(pa.string())
         table = table.set_column(number, name, column)
     names = [TEXT if name == text_column else name for name in table.column_names]
-    return table.rename_columns(names)
+    return table.rename_columns(names), text_column
 
 
 def _joined_texts(columns: list[pa.ChunkedArray]) -> pa.ChunkedArray:
@@ -489,9 +494,9 @@ def _fault(line: bytes, location: str, *, is_json: bool) -> str | None:
     return None
 
 
-def _read_repaired(file: BinaryIO, source: TextSource, bad: BadRows) -> pa.Table:
-    """Return the rows of a CSV or JSON file with faults of encoding, after adding the rows that
-    have one in any column to `bad`.
+def _read_repaired(file: BinaryIO, source: TextSource, bad: BadRows) -> tuple[pa.Table, str]:
+    """Return as `_read_table` does a CSV or JSON file with faults of encoding, after adding the rows
+    that have one in any column to `bad`.
     """
     # takes the place of each fault and is then looked for in the rows: a row may span several lines
     mark = f"\ufffd{secrets.token_hex(8)}"
@@ -503,12 +508,12 @@ def _read_repaired(file: BinaryIO, source: TextSource, bad: BadRows) -> pa.Table
                 line = _mark_faults(line, mark, is_json=is_json)
             repaired.write(line)
         repaired.flush()
-        rows = _read_table(repaired, source)
+        rows, text_column = _read_table(repaired, source)
     for start in range(0, len(rows), BATCH):
         for row, values in enumerate(rows.slice(start, BATCH).to_pylist(), start=start):
             if any(mark in str(value) for value in values.values()):
                 bad.add(row, NOT_UTF8, error=f"{source.name}: not UTF-8")
-    return rows
+    return rows, text_column
 
 
 def _mark_faults(line: bytes, mark: str, *, is_json: bool) -> bytes:

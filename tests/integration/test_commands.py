@@ -141,11 +141,20 @@ def test_one_of_each_group_is_kept(keep, kept, kind, ok, tmp_path):
     assert [file.name for file in tmp_path.iterdir() if "out" in file.name] == [path.name]
 
 
-def test_dedupe_leaves_a_file_without_duplicates_as_it_is(ok, tmp_path):
-    lines = ["id,text,label", "7,the film was good,pos", "3,a grim story,neg"]
+@pytest.mark.parametrize("header, column", [("id,text,label", "text"), ('id,"good, text",x', "good, text")])
+def test_dedupe_leaves_a_file_without_duplicates_as_it_is(header, column, ok, tmp_path):
+    lines = [header, "7,the film was good,pos", "3,a grim story,neg"]
     (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
-    ok("dedupe", tmp_path / "t.csv", "--threshold", 0.9999, "--output", tmp_path / "out.csv")
+    flags = ("--text-column", column, "--threshold", 0.9999, "--output", tmp_path / "out.csv")
+    ok("dedupe", tmp_path / "t.csv", *flags)
     assert (tmp_path / "out.csv").read_text().splitlines() == lines
+
+
+def test_dedupe_calls_texts_that_no_column_had_as_it_is_told(ok, tmp_path):
+    write_lines(tmp_path / "t.txt", ["the film was good"])
+    ok("dedupe", tmp_path / "t.txt", "--text-column", "good, text", "--output", tmp_path / "out.csv")
+    with open(tmp_path / "out.csv") as file:
+        assert list(csv.reader(file)) == [["good, text"], ["the film was good"]]
 
 
 def test_dedupe_of_an_index_writes_its_rows(ok, embed, made, tmp_path):
