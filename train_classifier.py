@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from common import cli
-from common.columns import kept_by_flags
+from common.columns import KeptColumns
 from common.errors import Fault, Interrupted, UserError, counted, note
 from common.sources import FileOptions
 from common.training import predictions, study, training_flags
@@ -749,7 +749,7 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
     with unlabelled.open_texts(
         args.predict,
         saved_texts(saved, args),
-        kept=kept_by_flags(args),
+        kept=KeptColumns(args.id_column, args.keep_columns),
         options=cli.file_options(args),
         cache_dir=args.cache_dir,
         named=args.text_column,

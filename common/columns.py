@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from common.errors import UserError, first_repeated, listed
+from common.sources import EVERY_COLUMN
 
 # the column with the number of each row in its file, where those that can't be used are collected
 ROW = "__row__"
@@ -60,27 +62,38 @@ def add_kept_flags(parser: argparse._ArgumentGroup, *, needs: str, beside: str) 
     parser.add_argument("--keep-columns", metavar="NAMES", help=help_text)
 
 
-def kept_by_flags(args: argparse.Namespace) -> list[str] | None:
-    """Return the names of the columns that stay, as flags give them, None for all."""
-    if args.keep_columns == EVERY:
-        return None
-    return [text for text in (args.id_column, args.keep_columns) if text is not None]
+@dataclass(frozen=True)
+class KeptColumns:
+    """Which columns stay beside what a script writes; the fields are named as their flags."""
 
+    id_column: str | None = None
+    keep_columns: str | None = None
 
-def find_kept(
-    kept: Sequence[str] | None, names: Iterable[str], *, others: Collection[str], source: str
-) -> list[str]:
-    """Return the columns that stay among the `names` of a source, of those that flags give (`kept`);
-    of all, those that are not `others`. Raises UserError for one that is not there.
-    """
-    names = [name for name in names if name != ROW]
-    if kept is None:
-        return [name for name in names if name not in others]
-    flag = "--keep-columns"
-    found = list(dict.fromkeys(name for text in kept for name in named_columns(text, names, flag=flag)))
-    for name in found:
-        require_column(names, name, source=source, flag=flag)
-    return found
+    @property
+    def as_text(self) -> list[str]:
+        """All columns that they may be, which are read as they are written."""
+        ids = [] if self.id_column is None else [self.id_column]
+        if self.keep_columns is None:
+            return ids
+        others = [EVERY_COLUMN] if self.keep_columns == EVERY else possible_columns(self.keep_columns)
+        return [*ids, *others]
+
+    def among(self, names: Iterable[str], *, others: Collection[str], source: str) -> list[str]:
+        """Return which of the columns (`names`) of a source stay; of all, those that are not `others`.
+        Raises UserError for one that is not there.
+        """
+        names = [name for name in names if name != ROW]
+        ids = [] if self.id_column is None else [self.id_column]
+        for name in ids:
+            require_column(names, name, source=source, flag="--id-column")
+        if self.keep_columns is None:
+            return ids
+        if self.keep_columns == EVERY:
+            return [name for name in names if name in ids or name not in others]
+        kept = named_columns(self.keep_columns, names, flag="--keep-columns")
+        for name in kept:
+            require_column(names, name, source=source, flag="--keep-columns")
+        return list(dict.fromkeys([*ids, *kept]))
 
 
 def names_beside(kept: Sequence[str], own: Collection[str]) -> list[str]:

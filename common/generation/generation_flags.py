@@ -23,7 +23,7 @@ from common.cli import (
     positive_int,
     probability,
 )
-from common.columns import add_kept_flags, kept_by_flags
+from common.columns import KeptColumns, add_kept_flags
 from common.errors import UserError, shorten
 from common.generation import output, prompt_template, prompts
 from common.generation.prompt_template import FLAG as TEMPLATE
@@ -394,7 +394,7 @@ def prompt_config(args: argparse.Namespace) -> PromptConfig:
     return PromptConfig(
         args.text_column,
         None if template is None else prompt_template.parse(template),
-        kept_by_flags(args),
+        KeptColumns(args.id_column, args.keep_columns),
         args.skip_bad,
         cli.file_options(args),
         args.cache_dir,

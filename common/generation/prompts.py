@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from common import plain_files, reading, sources
 from common.cli import json_line
-from common.columns import ROW, find_kept, names_beside, possible_columns, require_column
+from common.columns import EVERY, ROW, KeptColumns, names_beside, require_column
 from common.errors import Fault, UserError, outcome
 from common.generation.messages import Message, check_messages
 from common.generation.output import OWN_FIELDS
@@ -40,7 +40,7 @@ class PromptConfig:
 
     text_column: str
     template: PromptTemplate | None  # makes the prompts, in the place of the text column
-    kept: list[str] | None  # columns as flags name them; None: all
+    kept: KeptColumns
     skip_bad: bool  # a prompt that can't be used is no end, but a reason in its place
     options: FileOptions
     cache_dir: str | None
@@ -53,8 +53,7 @@ class PromptConfig:
     @property
     def as_text(self) -> list[str]:
         """The columns that are read as they are written."""
-        kept = [sources.EVERY_COLUMN] if self.kept is None else self.kept
-        return [*self.columns, *(name for text in kept for name in possible_columns(text))]
+        return [*self.columns, *self.kept.as_text]
 
 
 def read_prompts(name: str, config: PromptConfig) -> list[GivenPrompt]:
@@ -83,7 +82,11 @@ def read_prompts(name: str, config: PromptConfig) -> list[GivenPrompt]:
 def check_columns(name: str, config: PromptConfig) -> None:
     """Raise UserError for a file that is no text or a column that it lacks, as its beginning shows."""
     flag = "--text-column" if config.template is None else FLAG
-    wanted, several = dict.fromkeys(config.columns, flag), dict.fromkeys(config.kept or (), "--keep-columns")
+    kept, wanted, several = config.kept, dict.fromkeys(config.columns, flag), {}
+    if kept.id_column is not None:
+        wanted.setdefault(kept.id_column, "--id-column")
+    if kept.keep_columns not in (None, EVERY):
+        several[kept.keep_columns] = "--keep-columns"
     with reading.open_if_plain(name, config.options) as file:
         if file is not None and not _holds_conversations(file, name, config):
             reading.check_header(file, name, wanted, several=several, options=config.options)
@@ -93,7 +96,7 @@ def check_columns(name: str, config: PromptConfig) -> None:
 
 
 def _read_lines(file: BinaryIO, source: str, config: PromptConfig) -> list[GivenPrompt]:
-    if config.template is not None or config.kept != []:
+    if config.template is not None or config.kept != KeptColumns():
         flag = FLAG if config.template is not None else "--id-column and --keep-columns"
         raise UserError(f"{flag}: the lines of {source} have no columns; name a data file")
 
@@ -123,7 +126,7 @@ def _read_table(file: BinaryIO, source: str, config: PromptConfig) -> list[Given
     if config.template is None:
         reading.check_kind(rows, config.text_column, source=source)
     others = config.columns if config.template is None else ()
-    kept = find_kept(config.kept, rows.column_names, others=others, source=source)
+    kept = config.kept.among(rows.column_names, others=others, source=source)
     beside = names_beside(kept, OWN_FIELDS)
     numbered = [
         (
@@ -247,7 +250,7 @@ def _read_json(file: BinaryIO, source: str, config: PromptConfig) -> list[GivenP
         if how == "list" and _is_message(first):
             rows = [({"messages": [row for row, _ in rows]}, source)]
     names = dict.fromkeys(key for row, _ in rows if isinstance(row, dict) for key in row)
-    kept = find_kept(config.kept, names, others=PROMPT_KEYS, source=source)
+    kept = config.kept.among(names, others=PROMPT_KEYS, source=source)
     beside = names_beside(kept, OWN_FIELDS)
     prompts = []
     for row, place in rows:

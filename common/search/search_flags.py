@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from common import cli, sources
-from common.columns import EVERY, find_kept
+from common.columns import KeptColumns
 from common.errors import UserError, outcome
 from common.search.manifest import (
     DEFAULT_LIMITS,
@@ -529,8 +529,7 @@ def kept_columns(args: argparse.Namespace, names: Iterable[str], source: str) ->
     """
     if args.keep_columns is None:
         return None
-    kept = None if args.keep_columns == EVERY else [args.keep_columns]
-    return find_kept(kept, names, others=(), source=source)
+    return KeptColumns(keep_columns=args.keep_columns).among(names, others=(), source=source)
 
 
 def kept_of(args: argparse.Namespace, source: Collection | str) -> list[str] | None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from common import cli, plain_files, reading, sources
-from common.columns import ROW, find_kept, possible_columns, require_column, unused_name
+from common.columns import ROW, KeptColumns, possible_columns, require_column, unused_name
 from common.errors import Fault, UserError
 from common.sources import FileOptions
 from common.training.faults import NOT_UTF8
@@ -42,14 +42,14 @@ def open_texts(
     name: str,
     config: TextConfig,
     *,
-    kept: Sequence[str] | None,
+    kept: KeptColumns,
     options: FileOptions,
     cache_dir: str | None,
     named: str | None = None,
     faults: list[Fault] | None = None,
 ) -> Iterator[Texts]:
     """Yield the texts of a data file, or the lines of any other file or of standard input ("-").
-    `kept` are the columns of a data file that stay beside the answers, None for all; `named` is
+    `kept` are the columns of a data file that stay beside the answers; `named` is
     --text-column, None where it was not given.
     """
     sources.check_texts(name, any_suffix=options.is_table)
@@ -77,12 +77,11 @@ class Texts:
         self.is_pair = config.text_mode == PAIR
         self.table: Any = None  # of lines
 
-    def read_table(self, kept: Sequence[str] | None, options: FileOptions, cache_dir: str | None) -> None:
+    def read_table(self, kept: KeptColumns, options: FileOptions, cache_dir: str | None) -> None:
         """Read the source as a data file. Raises UserError for a column that is not there, or that
         holds no texts.
         """
-        named = [self.config.text_column, *([sources.EVERY_COLUMN] if kept is None else kept)]
-        as_text = [name for text in named for name in possible_columns(text)]
+        as_text = [*possible_columns(self.config.text_column), *kept.as_text]
         rows = reading.read_table(
             self.file, self.source, as_text=as_text, options=options, cache_dir=cache_dir, faults=self.faults
         )
@@ -91,11 +90,11 @@ class Texts:
         for column in columns:
             require_column(names, column, source=self.source, flag="--text-column")
             reading.check_kind(rows, column, source=self.source)
-        self.kept = find_kept(kept, names, others=columns, source=self.source)
+        self.kept = kept.among(names, others=columns, source=self.source)
         is_joined = self.config.text_mode == JOIN
         self.table = (self._joined(rows) if is_joined else rows).with_format("arrow")
 
-    def refuse_columns(self, named: str | None, kept: Sequence[str] | None) -> None:
+    def refuse_columns(self, named: str | None, kept: KeptColumns) -> None:
         """Raise UserError for flags that name columns, for lines have none, and for a first line that
         names those of the texts: it is the header of a table.
         """
@@ -114,7 +113,7 @@ class Texts:
         if self.config.text_mode == JOIN:
             problem = "--text-mode join needs columns, and it has lines"
             raise UserError(f"{self.source}: {problem}; name a data file")
-        if kept != []:
+        if kept != KeptColumns():
             problem = "its lines have no columns that could be kept"
             raise UserError(f"{self.source}: {problem}; leave --id-column and --keep-columns out")
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import train_classifier
+from common.columns import KeptColumns
 from common.sources import FileOptions
 from common.training import evaluation, predictions, unlabelled
 from common.training.data import TextConfig
@@ -123,6 +124,16 @@ def test_columns_are_kept_by_their_whole_names(predict, tmp_path):
         code, printed, said = predict(source, "--keep-columns", named)
         assert code == 0, said
         assert list(json.loads(printed).items())[1:-3] == list(kept.items())
+    code, printed, said = predict(source, "--id-column", "b,c", "--keep-columns", "all")
+    assert code == 0 and list(json.loads(printed))[1:-3] == ["id", "b", "b,c", " d"], said
+    for flags, missing in [
+        (["--id-column", "id,b"], "id,b"),
+        (["--id-column", "d", "--keep-columns", "all"], "d"),
+        (["--keep-columns", "id,d"], "d"),
+    ]:
+        code, _, said = predict(source, *flags)
+        assert code == 2 and f"no column {missing!r} among id, text, b, b,c, ' d'; name the" in said, said
+        assert f"with {flags[0]}\n" in said, said
 
 
 @pytest.mark.parametrize("ending", predictions.ENDINGS)
@@ -232,7 +243,7 @@ def test_memory_does_not_grow_with_the_number_of_texts(tmp_path):
         path.write_text("".join(f"a text of some words, the number {number}\n" for number in range(count)))
         tracemalloc.start()
         with unlabelled.open_texts(
-            str(path), TextConfig(), kept=[], options=FileOptions(), cache_dir=None
+            str(path), TextConfig(), kept=KeptColumns(), options=FileOptions(), cache_dir=None
         ) as texts:
             assert texts.check() == set()
             blocks = texts.blocks(evaluation.PREDICT_BLOCK, without=set(), skipped=5)

@@ -155,6 +155,7 @@ MISTAKES = {  # name: (file, content, flags, what the line must hold)
         ("--prompt-template", "t.txt", "no columns", "data file"),
     ),
     "columns of lines": ("t.txt", "a\n", ["--id-column", "id"], ("--id-column", "t.txt", "no columns")),
+    "an id with a comma": ("t.csv", "text,a\nx,y\n", ["--id-column", "text,a"], ("'text,a'", "--id-column")),
     "an id that is not there": ("t.csv", "text\na\n", ["--id-column", "id"], ("t.csv", "'id'", "text")),
     "one that no conversation has": (
         "t.jsonl",

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import train_classifier
+from common.columns import KeptColumns
 from common.errors import UserError
 from common.runtime import Runtime
 from common.training import classifier, data, faults, unlabelled
@@ -726,7 +727,7 @@ def test_parquet_that_is_no_utf8_is_refused_with_its_row(column, tmp_path, cache
     with pytest.raises(UserError, match="split train, row 2: not UTF-8"):
         data.load_splits(config, Runtime(torch.device("cpu"), "fp32"))
     if column == "part of a text":  # as --predict reads it
-        options = {"kept": [], "options": config.files, "cache_dir": None}
+        options = {"kept": KeptColumns(), "options": config.files, "cache_dir": None}
         with (
             pytest.raises(UserError, match="t.parquet, row 2: not UTF-8"),
             unlabelled.open_texts(config.dataset, config.texts, **options),
