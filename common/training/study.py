@@ -162,15 +162,16 @@ def _joined(parser: cli.Parser, args: argparse.Namespace, folder: Path) -> argpa
     if isinstance(flags.get("lr"), list):
         added = args.lr if isinstance(args.lr, list) else [args.lr]
         result.lr = list(dict.fromkeys([*flags["lr"], *added]))
-    if args.grid:
-        now = {name: values for name, values in _axes(parser, args).items() if name in _grid_names(args)}
-        both = {name: dict.fromkeys([*before["axes"].get(name, ()), *now[name]]) for name in now}
-        result.grid = [f"{_flag(name)}={','.join(values)}" for name, values in both.items()]
+    now = _axes(parser, args)
+    # those of before come first, and with them the names of their folders stay
+    names = dict.fromkeys(_grid_names([*(flags.get("grid") or ()), *(args.grid or ())]))
+    both = {name: dict.fromkeys([*before["axes"].get(name, ()), *now.get(name, ())]) for name in names}
+    result.grid = [f"{_flag(name)}={','.join(values)}" for name, values in both.items()] or None
     return result
 
 
-def _grid_names(args: argparse.Namespace) -> list[str]:
-    return [text.partition("=")[0].replace("-", "_") for text in args.grid]
+def _grid_names(grid: Iterable[str]) -> list[str]:
+    return [text.partition("=")[0].replace("-", "_") for text in grid]
 
 
 def _plan_runs(

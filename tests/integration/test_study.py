@@ -172,6 +172,17 @@ def test_a_study_goes_on_where_it_stopped_and_repeats_no_finished_run(
         parse("--resume", folder)
 
 
+def test_new_values_of_one_flag_join_a_study_that_varies_several(stand_in, tmp_path):
+    folder, grid = tmp_path / "s", ["--grid", "batch-size=8,16", "--grid", "warmup-ratio=0,0.1"]
+    run(stand_in, *grid, "--output-dir", folder)
+    run(stand_in, "--resume", folder, "--grid", "warmup-ratio=0.2,0.1")
+    joined = train_classifier.plan_study(parse("--resume", folder, "--grid", "batch-size=32"))
+    assert [run.describe() for run in joined.runs] == [
+        f"batch-size {size}, warmup-ratio {ratio}, seed 0" for size in (8, 16, 32) for ratio in (0, 0.1, 0.2)
+    ]
+    assert [run.folder.is_dir() for run in joined.runs] == 6 * [True] + 3 * [False], "the old ones stay"
+
+
 def test_a_fault_that_all_runs_would_have_ends_a_study(stand_in, tmp_path, monkeypatch):
     monkeypatch.setenv("BEHAVIOUR", "wrong 0")
     with pytest.raises(UserError, match="seed 0 failed before it began"):
