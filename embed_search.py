@@ -540,12 +540,14 @@ def keep_clusters(selection: Selection, labels: np.ndarray, args: argparse.Names
     """Write the numbers of clusters, from 1, to the index as a column; rows that were not looked at
     keep theirs, and those in no cluster have none.
     """
+    from common.search.builder import cluster_columns
     from common.search.index import open_store
 
     with open_store(args.index, wait=args.wait) as store:
         if store.snapshot.sha256 != selection.snapshot.sha256:
             raise UserError(f"--index {args.index}: it has changed meanwhile; run the command again")
-        store.set_column(args.column, selection.rows, labels + 1)  # 0: in no cluster
+        made = cluster_columns(store.snapshot)
+        store.set_column(args.column, selection.rows, labels + 1, others=made)  # 0: in no cluster
 
 
 # evaluate, compare-models: how good a search or a model is

@@ -4,6 +4,7 @@ chunks and encoded, and each block is committed before the next begins.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from common.search.segments import (
 from common.search.texts import Collection, RowTable, digest, ids_of
 
 SCAN = 10_000  # rows read at once
+MOST_TRIED = 10_000  # sets of columns that `cluster` may have made, the smallest first
 COMPARED = 8  # given vectors that are compared with the model's own
 NORM_TOLERANCE = 1e-6  # of a vector in fp32 whose norm is 1
 
@@ -67,20 +69,35 @@ def _metadata_hash(row: dict[str, Any]) -> bytes:
     return digest(json.dumps(_plain(row), default=str, sort_keys=True))
 
 
-def check_clusters(snapshot: Snapshot, name: str) -> None:
-    """Raise UserError unless a column of whole numbers can be replaced by those of clusters.
+def cluster_columns(snapshot: Snapshot) -> list[str]:
+    """Return the columns of an index that `cluster` is known to have made.
 
-    An index that was made before `cluster` noted its columns has the hashes of its rows alone to tell:
-    they are those of the source, in which a column of clusters has no part.
+    An index that was made before the manifest noted them has the hashes of its rows alone to tell: they
+    are those of the source, in which columns of clusters have no part.
     """
-    if name not in snapshot.columns or name in snapshot.manifest.get("clusters", []):
-        return
-    rows, columns = np.flatnonzero(snapshot.is_live()), list(snapshot.columns)
+    noted = snapshot.manifest.get("clusters")
+    if noted is not None:
+        return noted
+    numbers = [name for name, kind in snapshot.columns.items() if pa.types.is_int64(kind)]
+    sizes = range(len(numbers) + 1)
+    some = itertools.chain.from_iterable(itertools.combinations(numbers, size) for size in sizes)
+    possible = list(itertools.islice(some, MOST_TRIED))  # the first row leaves few of them
+    rows = np.flatnonzero(snapshot.is_live())
     for start in range(0, len(rows), SCAN):
-        for row in snapshot.take(rows[start : start + SCAN], [HASH, *columns]):
-            whole, number = row.pop(HASH), row.pop(name)
-            if number is not None and whole[16:] != _metadata_hash(row):
-                raise taken_column(name, index=str(snapshot.folder), own=name)
+        for row in snapshot.take(rows[start : start + SCAN], [HASH, *snapshot.columns]):
+            whole = row.pop(HASH)[16:]
+            possible = [
+                made
+                for made in possible
+                if whole == _metadata_hash({name: row[name] for name in row if name not in made})
+            ]
+    return list(possible[0]) if possible else []
+
+
+def check_clusters(snapshot: Snapshot, name: str) -> None:
+    """Raise UserError unless a column of whole numbers can be replaced by those of clusters."""
+    if name in snapshot.columns and name not in cluster_columns(snapshot):
+        raise taken_column(name, index=str(snapshot.folder), own=name)
 
 
 @dataclass

@@ -301,12 +301,12 @@ class Store:
         """Rewrite the live rows, in their order, into few large files without deleted rows."""
         self._rewrite(0, np.flatnonzero(self.snapshot.is_live()))
 
-    def set_column(self, name: str, rows: np.ndarray, numbers: np.ndarray) -> None:
+    def set_column(self, name: str, rows: np.ndarray, numbers: np.ndarray, *, others: Sequence[str]) -> None:
         """Commit whole numbers (n) of some rows (n) as a column, null in the place of 0; other rows
         keep theirs. The hashes stay those of the source, so that its rows count as unchanged; the
-        manifest remembers that the column is not of the source.
+        manifest remembers that the column, and `others` like it, are not of the source.
         """
-        made = [*self.snapshot.manifest.get("clusters", []), name]
+        made = [*others, name]
         self.snapshot.manifest = {**self.snapshot.manifest, "clusters": list(dict.fromkeys(made))}
         all_rows = np.arange(self.snapshot.num_rows)
         values: list[int | None] = [None] * len(all_rows)

@@ -289,7 +289,7 @@ def damaged(path: Path, reason: str) -> UserError:
 
 def taken_column(name: str, *, index: str, own: str) -> UserError:
     """Return the mistake that clusters would replace a column of an index, its `own`."""
-    problem = f"{index} has a column {own!r}, which cluster did not make"
+    problem = f"{index} has a column {own!r}, and nothing says that cluster made it"
     return UserError(f"--column {name}: {problem}; give another --column")
 
 

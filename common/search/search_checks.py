@@ -141,7 +141,7 @@ def check_cluster(args: argparse.Namespace) -> None:
     if args.column:
         manifest = read_manifest(Path(args.index))
         for name, kind in manifest["columns"].items():
-            # an older index does not know: builder.check_clusters looks at its rows
+            # an older index does not know: builder.cluster_columns looks at its rows
             is_made = name == args.column and kind == "int64" and name in manifest.get("clusters", [name])
             if name.lower() == args.column.lower() and not is_made:  # SQL ignores case
                 raise taken_column(args.column, index=args.index, own=name)

@@ -183,15 +183,17 @@ def test_an_older_index_tells_its_clusters_from_its_texts(ok, embed, sentences, 
     index = ("--index", tmp_path / "ix")
     clusters = ("cluster", *index, "--num-clusters", 3, "--column")
     ok("index", sentences, *index, "--id-column", "id")
-    ok(*clusters, "topic")
+    for name in ("topic", "mood"):
+        ok(*clusters, name)
     path = tmp_path / "ix" / "manifest.json"
     manifest = json.loads(path.read_text())
-    assert manifest.pop("clusters") == ["topic"]
+    assert manifest.pop("clusters") == ["topic", "mood"]
     path.write_text(json.dumps({**manifest, "sha256": seal({**manifest, "sha256": None})}))
     code, _, error = embed(*clusters, "n")
-    assert code == 2 and "--column n:" in error, error
+    assert code == 2 and "--column n:" in error and "nothing says that cluster made" in error, error
+    ok(*clusters, "mood")
+    assert sorted(json.loads(path.read_text())["clusters"]) == ["mood", "topic"]
     ok(*clusters, "topic")
-    assert json.loads(path.read_text())["clusters"] == ["topic"]
 
 
 def test_clusters_can_be_told_apart():
