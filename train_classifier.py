@@ -697,8 +697,14 @@ def saved_scoring(saved: SavedModel, args: argparse.Namespace) -> Scoring:
 
 
 def saved_texts(saved: SavedModel, args: argparse.Namespace) -> TextConfig:
-    """Return which columns hold the texts for a saved model: as in its training, unless flags say else."""
+    """Return which columns hold the texts for a saved model: as in its training, unless flags say else.
+    Raises UserError for pairs where it was trained on single texts, or the other way round.
+    """
     texts, trained = config_from_flags(TextConfig, args), saved.settings
+    was_pair = trained.text_mode == PAIR
+    if args.text_mode is not None and trained.is_ours and (args.text_mode == PAIR) != was_pair:
+        problem = f"the model was trained on {'pairs of' if was_pair else 'single'} texts"
+        raise UserError(f"--text-mode {args.text_mode}: {problem}; leave it out, or name another --model")
     if texts.text_mode is None and trained.text_mode is not None:
         texts = dataclasses.replace(texts, text_mode=trained.text_mode, join_with=trained.join_with)
     if args.text_column is None and trained.text_column is not None:

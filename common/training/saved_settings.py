@@ -61,6 +61,11 @@ class SavedSettings:
     rare_classes: tuple[str, ...] = ()  # that were left out of the training, or made one class:
     merge_rare: str | None = None  # its name
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether this script has trained the model, and so the settings are known."""
+        return self.dataset_sha256 is not None
+
 
 def write_settings(folder: Path, settings: dict, thresholds: list[float] | None) -> None:
     """Write what is remembered of a run's settings and data, and the thresholds of labels, beside its

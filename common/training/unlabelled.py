@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from common.training.data import TextConfig
 
-NO_PAIR = "the model reads pairs, and the line has no two texts with a tab between"
+NO_PAIR = "pairs are read, and the line has no two texts with a tab between"
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,30 @@ def test_a_saved_model_reads_the_column_of_its_training(flags, wanted, model_of_
     assert found == predict(alone)[1]
 
 
+@pytest.mark.parametrize("trained, given", [(None, "pair"), ("join", "pair"), ("pair", "join")])
+def test_a_saved_model_reads_pairs_only_if_it_was_trained_on_them(
+    trained, given, model_of_reviews, predict, tmp_path
+):
+    settings = model_of_reviews / "training.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "text_mode": trained}))
+    source = tmp_path / "new.csv"
+    source.write_text("title,body\na good film,fun\n")
+    columns = ["--text-column", "title,body", "--text-mode", given]
+    code, _, stderr = predict(source, "--model", model_of_reviews, *columns)
+    assert code == 2 and f"--text-mode {given}: the model was trained on" in stderr, stderr
+    assert "leave it out" in stderr and stderr.count("\n") == 1
+
+
+def test_lines_are_no_pairs_for_a_model_of_single_texts(model_of_reviews, tiny_model, predict, tmp_path):
+    """Of a model that this script did not train, the flag alone tells it."""
+    source = tmp_path / "new.txt"
+    source.write_text("a good film\tfun\nno tab here\n")
+    code, _, stderr = predict(source, "--model", model_of_reviews, "--text-mode", "pair")
+    assert code == 2 and "--text-mode pair: the model was trained on single texts" in stderr, stderr
+    code, _, stderr = predict(source, "--model", tiny_model, "--text-mode", "pair")
+    assert code == 2 and "line 2: pairs are read, and the line has no two texts" in stderr, stderr
+
+
 def test_evaluate_only_reads_the_labels_of_the_training(model_of_reviews, tmp_path, capsys):
     """The label that `mood` has, and not those of `label`, which are the other ones."""
     source, swapped = tmp_path / "both.csv", {"neg": "LABEL_1,LABEL_0", "pos": "LABEL_0,LABEL_1"}
