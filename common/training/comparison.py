@@ -21,13 +21,13 @@ from common.errors import UserError, counted, one_line, shorten
 from common.files import read_json
 from common.intervals import Interval, bootstrap, holm, mcnemar, percentiles, randomization
 from common.training.resampling import Answers, score_intervals
-from common.training.run import CONFIG, MULTI, REGRESSION, RESULTS, SINGLE, Kind
+from common.training.run import CONFIG, MULTI, REGRESSION, RESULTS, SINGLE, STARTED_IN, Kind
 from common.training.study import headline_scores, latex_table
 
 PREDICTIONS = "predictions.csv"
 # of config.json: what a run is called or when it was, and no setting of it
 NO_SETTINGS = ("output_dir", "started", "identity", "versions", "cache_dir", "save_every")
-NO_SETTINGS += ("max_minutes", "keep", "keep_after")
+NO_SETTINGS += ("max_minutes", "keep", "keep_after", STARTED_IN)
 NUM_SHOWN, TEXT_WIDTH, NAME_WIDTH = 10, 60, 30
 # scores of the table of differences; the share of right texts is tested by McNemar's test
 TESTED: dict[Kind, tuple[str, ...]] = {

@@ -78,6 +78,8 @@ NEWEST = ""  # the value of --resume given alone: the newest checkpoint
 CONFIG = "config.json"  # once it exists, it is complete and the run can be resumed
 RESULTS = "metrics.json"  # of a finished run
 STUDY = "study.json"  # of several runs: their flags
+# the folder from which the flags of a run name their files; in no file that is meant for others
+STARTED_IN = "started_in"
 # the only file that a run leaves behind when it is killed at its very beginning
 UNFINISHED_CONFIG = re.compile(r"config\.json\.\d+")
 CHECKPOINTS, CHECKPOINT_PREFIX, STATE = "checkpoints", "step-", "state.json"
@@ -254,12 +256,21 @@ def _refuse_model(folder: Path) -> None:
     """Raise UserError for the folder of a saved model, such as best/ of a run."""
     if not (folder / CONFIG).is_file() or not any(folder.glob("*.safetensors")):
         return
-    run = next((parent for parent in folder.parents if (parent / CONFIG).is_file()), None)
+    run = next(filter(_is_run, folder.parents), None)
     if run is None:
         problem, advice = "this is a saved model, and no run", "train it further with --model"
     else:
         problem, advice = f"this is the model of the run {run}", f"--resume {run} continues the run"
     raise UserError(f"--resume {folder}: {problem}; {advice}")
+
+
+def _is_run(folder: Path) -> bool:
+    """Tell whether the config.json of a folder is that of a run; many programs write such a file."""
+    try:
+        config = read_json(folder / CONFIG)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and "identity" in config
 
 
 def new_run_folder(output_dir: str | None, name: str) -> Path:
@@ -500,14 +511,16 @@ def finished_runs(names: Sequence[str]) -> list[Path]:
 
 
 def saved_flags(output_dir: str | None, resume: str) -> dict[str, object]:
-    """Return the flags of the run, or of the study, that `--resume` and `--output-dir` name, {}
-    where there is none, which `locate_run` says. Raises UserError when its config.json is damaged.
+    """Return the flags of the run, or of the study, that `--resume` and `--output-dir` name, and
+    where it was started; {} where there is none, which `locate_run` says. Raises UserError when its
+    config.json is damaged.
     """
     run = _named_run(output_dir, resume)
     if run is None or not any((run.folder / name).is_file() for name in (CONFIG, STUDY)):
         return {}
     if (run.folder / STUDY).is_file():
-        return read_study(run.folder)["flags"]
+        study = read_study(run.folder)
+        return {**study["flags"], STARTED_IN: study.get(STARTED_IN)}
     config = read_config(run.folder)
     identity = config.get("identity", {})
     kinds = {name: identity.get(f"--{name}") for name in ("device", "precision")}

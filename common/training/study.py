@@ -34,6 +34,7 @@ from common.training.run import (
     HEADLINES,
     LOWER_IS_BETTER,
     RESULTS,
+    STARTED_IN,
     STUDY,
     changes,
     identity_of_flags,
@@ -421,7 +422,7 @@ def run_study(study: Study, script: Path, *, device: str, max_minutes: float | N
             for name, value in run.setting.items():
                 axes.setdefault(name.replace("-", "_"), []).append(value)
         different = {name: list(dict.fromkeys(values)) for name, values in axes.items()}
-        content = {"flags": study.flags, "axes": different}
+        content = {"flags": study.flags, "axes": different, STARTED_IN: os.getcwd()}
         replace_file(study.folder / STUDY, json.dumps(content, indent=2) + "\n")
         at_once = ", one after another"
         if len(slots) > 1:

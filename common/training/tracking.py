@@ -26,7 +26,7 @@ from tqdm import tqdm
 from common.errors import UserError, counted
 from common.files import replace_file
 from common.runtime import Runtime
-from common.training.run import CONFIG, RESULTS, UNFINISHED_CONFIG
+from common.training.run import CONFIG, RESULTS, STARTED_IN, UNFINISHED_CONFIG
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,7 +122,8 @@ class RunLog:
         for path in folder.iterdir():
             if UNFINISHED_CONFIG.fullmatch(path.name):
                 path.unlink()
-        replace_file(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
+        written = {**settings, STARTED_IN: os.getcwd()}  # there alone: reports and curves are for others
+        replace_file(folder / CONFIG, json.dumps(written, indent=2) + "\n")
         self.folder, self.settings = folder, settings
         if resume_at is not None:
             _cut(folder / METRICS, resume_at.num_bytes)

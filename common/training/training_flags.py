@@ -26,6 +26,7 @@ from common.training.run import (
     NEWEST,
     PAIR,
     SCHEDULES,
+    STARTED_IN,
     TASKS,
     TEXT_COLUMN,
     TRUNCATIONS,
@@ -372,19 +373,19 @@ def flags_besides(parser: cli.Parser, argv: Sequence[str]) -> list[str]:
 
 
 def require_same_place(run: Path, saved: Mapping[str, object]) -> None:
-    """Raise UserError for a file or folder that a run has named from another folder than this one, if
-    that is one around the run.
+    """Raise UserError for a file or folder that a run has named from the folder in which it was started,
+    and that is not here: it would be looked for on the Hub.
     """
+    started_in = saved.get(STARTED_IN)
+    if not isinstance(started_in, str):  # a run of before, which did not note it
+        return
     for name in ("dataset", "validation_file", "test_file", "model", "tokenizer"):
         value = saved.get(name)
         if not isinstance(value, str) or bundled.is_bundled(value) or os.path.exists(value):
             continue
-        if ".." in Path(value).parts:  # it can lead to the same file from several folders
-            continue
-        started = next((folder for folder in run.resolve().parents if (folder / value).exists()), None)
-        if started is not None:
+        if os.path.exists(os.path.join(started_in, value)):
             flag = f"--{name.replace('_', '-')}"
-            problem = f"the run was started in {started}, and its {flag} {value} is not here"
+            problem = f"the run was started in {started_in}, and its {flag} {value} is not here"
             raise UserError(f"--resume {run}: {problem}; continue it there, or name {flag} too")
 
 

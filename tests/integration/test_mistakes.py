@@ -30,6 +30,7 @@ from transformers import (
 
 import train_classifier
 from common import cli
+from common.training import training_flags
 from common.training.saved_settings import name_sha256
 from conftest import (
     ROOT,
@@ -632,18 +633,36 @@ def test_a_model_in_the_place_of_its_run(place, refused, trained):
     refused("--resume", place(trained), parts=parts)
 
 
+@pytest.mark.parametrize("content", ["{}", "{", "[]"])
+def test_a_config_around_a_model_is_not_yet_a_run(content, refused, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "models" / "one")
+    (tmp_path / "models" / "config.json").write_text(content)
+    refused("--resume", model, parts=("a saved model, and no run", "--model"))
+
+
 @pytest.mark.parametrize("flag, name", [("dataset", "here.csv"), ("tokenizer", "own")])
 def test_a_run_that_was_started_in_another_folder(
     flag, name, refused, trained, sentences_csv, tmp_path, monkeypatch
 ):
     """A name that is not here could be one on the Hub."""
-    run = Path(shutil.copytree(trained.parent, tmp_path / "runs" / "run"))
+    run = Path(shutil.copytree(trained.parent, tmp_path / "elsewhere" / "run"))
     config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**config, "dataset": str(sentences_csv), flag: name}))
-    (tmp_path / name).mkdir()
+    assert config["started_in"] == os.getcwd()
+    config |= {"dataset": str(sentences_csv), "started_in": str(tmp_path / "here"), flag: name}
+    (run / "config.json").write_text(json.dumps(config))
+    (tmp_path / "here" / name).mkdir(parents=True)
     monkeypatch.chdir(run)
-    parts = (f"started in {tmp_path}, and its --{flag} {name} is not here", f"name --{flag} too")
+    parts = (f"started in {tmp_path / 'here'}, and its --{flag} {name} is not here", f"name --{flag} too")
     refused("--resume", run, "--output-dir", run, parts=parts)
+
+
+def test_a_name_on_the_hub_is_no_folder_that_lies_around_the_run(trained, tmp_path):
+    run = Path(shutil.copytree(trained.parent, tmp_path / "imdb" / "run"))
+    config = json.loads((run / "config.json").read_text())
+    for started_in in ({"started_in": str(tmp_path / "imdb")}, {"started_in": None}):  # None: an older run
+        (run / "config.json").write_text(json.dumps({**config, "dataset": "imdb", **started_in}))
+        flags = training_flags.flags_besides(train_classifier.make_parser(), ["--resume", str(run)])
+        assert "--dataset=imdb" in flags
 
 
 def test_a_model_of_other_data_is_not_scored_on_the_default(refused, trained):

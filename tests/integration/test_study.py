@@ -183,6 +183,15 @@ def test_new_values_of_one_flag_join_a_study_that_varies_several(stand_in, tmp_p
     assert [run.folder.is_dir() for run in joined.runs] == 6 * [True] + 3 * [False], "the old ones stay"
 
 
+def test_a_study_that_was_started_in_another_folder(stand_in, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_text("text,label\na,pos\nb,neg\n")
+    run(stand_in, "--dataset", "rows.csv", "--seeds", 0, 1, "--output-dir", "s")
+    monkeypatch.chdir(tmp_path / "s")
+    with pytest.raises(UserError, match=f"started in {tmp_path}, and its --dataset rows.csv is not here"):
+        parse("--resume", tmp_path / "s")
+
+
 def test_a_fault_that_all_runs_would_have_ends_a_study(stand_in, tmp_path, monkeypatch):
     monkeypatch.setenv("BEHAVIOUR", "wrong 0")
     with pytest.raises(UserError, match="seed 0 failed before it began"):
