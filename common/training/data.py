@@ -254,7 +254,7 @@ def load_rows_for_scoring(
 ) -> datasets.Dataset:
     """Return the rows on which to score a saved model that was trained for `task`.
 
-    These are the test split, or all rows of a data set without one. `trained` tells how
+    These are the test split, or all training rows of a data set without one. `trained` tells how
     the model was trained: if the data set is the one that it was trained on, the same test
     split is cut again. Raises UserError when the seed would cut another one, most of whose rows the
     model was trained on.
@@ -265,6 +265,10 @@ def load_rows_for_scoring(
         source = _read_source(config, faults)
         others = {"train": config.train_split, "validation": config.validation_split}
         splits = choose_splits(source, {"test": config.test_split}) or choose_splits(source, others)
+    to_cut = trained.cut or [split for split in ("validation", "test") if split not in splits]
+    # the split that is scored, or that the test split is cut from: no other has a part in it
+    split = "test" if "test" in splits else "train"
+    splits = {split: splits[split]}
     names = next(iter(splits.values())).column_names
     texts, labels = config.texts.among(names), config.labels.among(names)
     if labels.label_separator is None and len(labels.columns) == 1:  # several columns have none
@@ -280,29 +284,33 @@ def load_rows_for_scoring(
         splits, _ = clean(splits, texts, labels, faults, known)
         runtime.say(f"skipped  {counted(len(faults), 'row')} that can't be used")
     splits = validate(splits, texts, labels, trained=known)
-    about_rare = ""
+    rare_rows: dict[int, str] = {}
     if rare:
-        splits, about_rare = _without_rare_as_trained(splits, rare, merged, task)
+        splits[split], rare_rows = _without_rare_as_trained(split, splits[split], rare, merged, task)
+    when = ""
     was_cut = trained.cut is None or "test" in trained.cut  # None: a model that does not tell
-    if "test" not in splits and was_cut and name_sha256(config.dataset) == trained.dataset_sha256:
+    if split == "train" and was_cut and name_sha256(config.dataset) == trained.dataset_sha256:
         seed, flag = trained.split_seed, "--split-seed"
         if seed is None:
             seed, flag = trained.seed, "--seed"
         if seed != config.seed:
             problem = f"the model was trained with {flag} {seed}, which cuts a different test split"
             raise UserError(f"{flag} {config.seed}: {problem}; use that seed")
-        splits, _ = cut_missing_splits(splits, seed=config.seed, missing=trained.cut or ())
+        splits, _ = cut_missing_splits(splits, seed=config.seed, missing=to_cut)
+        split, when = "test", ", before the test split was cut"
         if trained.test_sha256 not in (None, texts_sha256(splits["test"])):
             problem = "the test split that is cut from it now is not the one of the training, so that texts"
             problem += " of the training would be scored: the data or the flags have changed since"
             advice = "give the file and the flags of the training, or texts that the model has not seen"
             raise UserError(f"--dataset {config.dataset}: {problem}; {advice}")
-    split, size = "test" if "test" in splits else "train", config.max_eval_samples
+    size = config.max_eval_samples
     rows = sample(splits[split], size, seed=config.seed, flag="--max-eval-samples")
     name = config.test_file or config.dataset
     runtime.say(f"data     {name}: {counted(len(rows), 'text')} of its {split} split")
-    if about_rare:
-        runtime.say(f"         {about_rare}")
+    if merged is not None:  # of those that are scored; the others were left out before
+        rare_rows, when = {row: rare_rows[row] for row in rows["row"][:] if row in rare_rows}, ""
+    if rare_rows:
+        runtime.say(f"         {_rare_words([*rare_rows.values()], merged, when)}")
     if split == "train":
         runtime.say("         the model may have been trained on some of them, which would raise its scores")
     return rows
@@ -349,27 +357,28 @@ def _names_beyond(splits: Splits, labels: LabelColumns, task: Task) -> list[str]
 
 
 def _without_rare_as_trained(
-    splits: Splits, rare: list[str], merged: str | None, task: Task
-) -> tuple[Splits, str]:
-    """Return the splits with the classes of a trained model, its `rare` ones left out or `merged`
-    into one; and a line that says so. Raises UserError when no row is left.
+    split: str, rows: datasets.Dataset, rare: list[str], merged: str | None, task: Task
+) -> tuple[datasets.Dataset, dict[int, str]]:
+    """Return the rows of a split with the classes of a trained model, its `rare` ones left out or
+    `merged` into one; and the class of each row that had a rare one, by its number. Raises UserError
+    when no row is left.
     """
-    result, num_rows, found = {}, 0, []
-    for split, rows in splits.items():
-        names = task_of_rows(rows).names
-        counts = np.bincount(rows["label"][:], minlength=len(names))
-        found += [name for name, count in zip(names, counts) if count and name in rare]
-        result[split], _ = without_classes(split, rows, rare, task.names, merged=merged)
-        num_rows += sum(int(count) for name, count in zip(names, counts) if name in rare)
-        if not len(result[split]):
-            problem = f"all its rows are of rare classes, which are left out: {listed(found)}"
-            raise UserError(f"split {split}: {problem}; give rows of the model's classes")
-    if not found:
-        return result, ""
-    into = f"left out with {counted(num_rows, 'row')}"
-    if merged is not None:
-        into = f"one class {quoted(merged)} of {counted(num_rows, 'row')}"
-    return result, f"rare classes, {into}: {listed(dict.fromkeys(found))}"
+    names = task_of_rows(rows).names
+    labels = [names[label] for label in rows["label"][:]]
+    found = {number: name for number, name in zip(rows["row"][:], labels) if name in rare}
+    result, _ = without_classes(split, rows, rare, task.names, merged=merged)
+    if not len(result):
+        gone = listed(sorted({*found.values()}, key=natural_order))
+        problem = f"all its rows are of rare classes, which are left out: {gone}"
+        raise UserError(f"split {split}: {problem}; give rows of the model's classes")
+    return result, found
+
+
+def _rare_words(found: list[str], merged: str | None, when: str) -> str:
+    """Return what became of rows whose rare classes were `found`."""
+    rows, names = counted(len(found), "row"), listed(sorted({*found}, key=natural_order))
+    into = f"left out with {rows}{when}" if merged is None else f"one class {quoted(merged)} of {rows}"
+    return f"rare classes, {into}: {names}"
 
 
 def _read_source(config: DataConfig, faults: list[Fault] | None) -> datasets.DatasetDict:

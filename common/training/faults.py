@@ -391,8 +391,10 @@ def without_classes(
     labels = [old[label] for label in rows["label"][:]]
     left_out = [] if merged is not None else list(_rows_of_classes(split, rows, labels, rare))
     kept = [n for n, label in enumerate(labels) if merged is not None or label not in rare]
-    numbers = [names.index(merged if labels[n] in rare else labels[n]) for n in kept]  # pyrefly: ignore
     some: Any = rows.select(kept)
+    if not kept:  # the library adds no column to no rows
+        return some, left_out
+    numbers = [names.index(merged if labels[n] in rare else labels[n]) for n in kept]  # pyrefly: ignore
     feature = datasets.ClassLabel(names=list(names))
     changed = some.remove_columns("label").add_column("label", numbers, feature=feature)
     return changed.select_columns(rows.column_names), left_out

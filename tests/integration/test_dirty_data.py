@@ -4,6 +4,7 @@ rows that can't be used, and rare classes and splits without labels are no end.
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -228,11 +229,19 @@ def test_rare_classes_become_one(run, tmp_path):
     assert code == 2 and "--drop-rare 100" in said
 
 
+def test_a_split_of_rare_classes_alone(run, tmp_path):
+    good = "".join(f"{text},{label}\n" for text, label in make_sentences(40))
+    (tmp_path / "train.csv").write_text(f"text,label\n{good}one,rare\n")
+    (tmp_path / "test.csv").write_text("text,label\ntwo,rare\n")
+    code, _, said = run(tmp_path, "--inspect", "--drop-rare", 5)
+    assert code == 2 and "--drop-rare 5: it leaves no row of split test" in said, said
+
+
 @pytest.mark.parametrize(
     "flags, said_of_it, scored",
     [
-        (("--drop-rare", 5), "rare classes, left out with 12 rows: rare0, rare1, rare2, rare3", 5),
-        (("--merge-rare", "other", "--drop-rare", 5), "rare classes, one class 'other' of 12 rows: rare0", 6),
+        (("--drop-rare", 5), "left out with 12 rows, before the test split was cut: rare0, rare1, rare2,", 5),
+        (("--merge-rare", "other", "--drop-rare", 5), "rare classes, one class 'other' of 1 row: rare", 6),
     ],
     ids=["dropped", "merged"],
 )
@@ -256,6 +265,17 @@ def test_rare_classes_are_scored_as_they_were_trained(flags, said_of_it, scored,
     code, printed, said = run(other, *score)
     left = 3 if "other" in flags else 2
     assert code == 0 and f"{left} texts of its train split" in printed and "rare3" in printed, said
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    shutil.copy(other, splits / "train.csv")
+    (splits / "validation.csv").write_text("text,label\none,rare1\ntwo,rare2\n")
+    code, printed, said = run(splits, *score)  # a validation split is not scored
+    said_of_train = "one class 'other' of 1 row: rare3" if "other" in flags else "left out with 1 row: rare3"
+    assert code == 0 and said_of_train in printed and f"{left} texts of its train split" in printed, said
+    other.write_text("text,label\none,rare1\ntwo,rare2\n")
+    code, printed, said = run(other, *score)
+    assert code == (0 if "other" in flags else 2), printed
+    assert code == 0 or "split train: all its rows are of rare classes" in said, said
     other.write_text("text,label\na good film,pos\nawful,never\n")
     code, printed, said = run(other, *score)
     assert code == 2 and "'never' is not one of the classes" in said, said
