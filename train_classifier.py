@@ -112,6 +112,7 @@ from common.training.evaluation import (
 )
 from common.training.labels import LabelConfig
 from common.training.saved_model import SavedModel
+from common.training.saved_settings import RememberedData
 from common.training.task import Scoring, Task, balanced_weights, sum_losses, task_of_rows
 from common.training.tokenization import TokenConfig, describe_marks, tokenize_splits
 
@@ -347,14 +348,14 @@ def distribute(
 @dataclass(frozen=True)
 class Run:
     """What accompanies the training: its log, its checkpoints, what stops it, how long it takes, and
-    what the model remembers of settings and data.
+    what the model remembers of its data.
     """
 
     log: tracking.Log
     checkpoints: Checkpoints
     signals: StopSignals
     forecast: tracking.Forecast
-    remembered: dict = dataclasses.field(default_factory=dict)
+    data: RememberedData
 
 
 def make_forecast(
@@ -529,7 +530,9 @@ def score_and_keep(
         state.best, line = entry, f"{line}, the best so far"
         if runtime.is_main:
             plain, folder = merge_adapters(state.model), run.log.folder / "best"
-            saved_model.save(plain, state.tokenizer, folder, settings=run.remembered, thresholds=thresholds)
+            trained = saved_settings.settings_to_save(run.log.settings, run.data, thresholds)
+            max_length = config.tokens.eval_max_length
+            saved_model.save(plain, state.tokenizer, folder, max_length=max_length, settings=trained)
     runtime.say(line)
 
 
@@ -561,7 +564,7 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
         history=state.history,
         best=state.best,
         scores=scores,
-        baseline=baseline.score_answer(run.remembered["baseline"], rows),
+        baseline=baseline.score_answer(run.data.baseline, rows),
         predictions=report.Predictions(rows, logits, thresholds, positive_class),
         temperature=best.temperature,
         num_texts={split: len(loaded.tokenized[split]) for split in loaded.tokenized},
@@ -665,13 +668,9 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     time_left = None if args.max_minutes is None else 60 * args.max_minutes - clock.seconds()
     signals = StopSignals(runtime, advice, seconds=time_left, saves=args.keep > 0)
     forecast = make_forecast(loaded.tokenized, loaded.config, clock, runtime)
-    of_data = {
-        "baseline": baseline.commonest_answer(rows),
-        "cut": loaded.notes.cut,
-        "test_sha256": loaded.notes.test_sha256,
-        "rare_classes": loaded.notes.rare,
-    }
-    run = Run(log, checkpoints, signals, forecast, remembered={**settings, **of_data})
+    notes, answer = loaded.notes, baseline.commonest_answer(rows)
+    of_data = RememberedData(answer, notes.cut, notes.test_sha256, notes.rare)
+    run = Run(log, checkpoints, signals, forecast, of_data)
     with contextlib.closing(log), signals:
         if train(state, loaded.tokenized, run, loaded.config, runtime):
             test(loaded, state, run, runtime)

@@ -95,7 +95,9 @@ def run_loop(
     """
     tokens = {"train_tokens": 1000, "validation_tokens": 100, "test_tokens": 100}
     forecast = Forecast(**tokens, validations=1, clock=Clock())
-    run = train_classifier.Run(log or NullLog(Path()), mock.Mock(), EveryStep(after_step), forecast)
+    run = train_classifier.Run(
+        log or NullLog(Path()), mock.Mock(), EveryStep(after_step), forecast, mock.Mock()
+    )
     config = config_of("--epochs", 1, "--log-every", 100, *flags, task=task)
     with (
         mock.patch.object(train_classifier.batching, "plan_epoch", lambda *_, **__: steps),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from common.training.classifier import (
 )
 from common.training.labels import Label
 from common.training.run import MULTI, PAIR, REGRESSION, SINGLE
-from common.training.saved_settings import SETTINGS_FILE, SavedSettings, read_settings, write_settings
+from common.training.saved_settings import SETTINGS_FILE, SavedSettings, read_settings
 from common.training.task import PROBLEM_TYPES, Task
 from common.training.tokenization import TokenConfig
 
@@ -98,23 +99,23 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
+    max_length: int,
     settings: dict,
-    thresholds: list[float] | None = None,
 ) -> None:
-    """Write model, tokenizer and `training.json`, with the labels' thresholds, as a plain Hugging Face
+    """Write model, tokenizer and `training.json`, which holds the `settings`, as a plain Hugging Face
     folder.
 
-    An older folder is replaced only by a complete one. The tokenizer remembers eval_max_length as its
+    An older folder is replaced only by a complete one. The tokenizer remembers `max_length` as its
     limit, so that `pipeline(..., truncation=True)` truncates where the model was scored.
     """
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    tokenizer.model_max_length = settings["eval_max_length"]
+    tokenizer.model_max_length = max_length
     model.save_pretrained(fresh)
     for weights in fresh.glob("*.safetensors"):  # the library lets nobody but their owner read them
         weights.chmod((fresh / "config.json").stat().st_mode)
     tokenizer.save_pretrained(fresh)
-    write_settings(fresh, settings, thresholds)
+    (fresh / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     replace_folder(fresh, folder)
 
 

@@ -4,6 +4,7 @@ again.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from common.training.run import DEFAULT_TRUNCATION, JOIN, PAIR, TRUNCATIONS, is_
 
 SETTINGS_FILE = "training.json"
 OWN_SETTING = "dataset_sha256"  # is in each of ours
-# what the file holds of the settings of a run, and of its data
+# what the file holds of the settings of a run
 REMEMBERED = (
     "dataset_config",
     "seed",
@@ -32,11 +33,17 @@ REMEMBERED = (
     "label_separator",
     "positive_class",
     "merge_rare",
-    "rare_classes",
-    "cut",
-    "test_sha256",
-    "baseline",
 )
+
+
+@dataclass(frozen=True)
+class RememberedData:
+    """What the file holds of the data of a run; the fields are those of `SavedSettings`."""
+
+    baseline: Label
+    cut: list[str]
+    test_sha256: str | None
+    rare_classes: list[str]
 
 
 @dataclass(frozen=True)
@@ -67,17 +74,14 @@ class SavedSettings:
         return self.dataset_sha256 is not None
 
 
-def write_settings(folder: Path, settings: dict, thresholds: list[float] | None) -> None:
-    """Write what is remembered of a run's settings and data, and the thresholds of labels, beside its
-    model.
+def settings_to_save(settings: dict, data: RememberedData, thresholds: list[float] | None) -> dict:
+    """Return what is remembered of a run's settings and data, and the thresholds of labels.
 
     The path of the data set is nobody else's business: a SHA-256 of its name stands for it.
     """
-    remembered = {name: settings[name] for name in REMEMBERED}
-    remembered = {OWN_SETTING: name_sha256(settings["dataset"]), **remembered}
-    if thresholds is not None:
-        remembered["thresholds"] = thresholds
-    (folder / SETTINGS_FILE).write_text(json.dumps(remembered, indent=2) + "\n", encoding="utf-8")
+    remembered = {OWN_SETTING: name_sha256(settings["dataset"])}
+    remembered |= {name: settings[name] for name in REMEMBERED} | dataclasses.asdict(data)
+    return remembered if thresholds is None else {**remembered, "thresholds": thresholds}
 
 
 def save_temperature(folder: Path, temperature: float) -> None:

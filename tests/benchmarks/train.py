@@ -330,7 +330,7 @@ def time_ours(setup: Setup, lengths: np.ndarray, flags, folder: str) -> dict:
     log = tracking.RunLog(Path(folder), {})
     tokens = {"train_tokens": 1, "validation_tokens": 1, "test_tokens": 1}  # no forecast is shown
     forecast = tracking.Forecast(**tokens, validations=1, clock=tracking.Clock())
-    run = train_classifier.Run(log, mock.Mock(), clock, forecast)
+    run = train_classifier.Run(log, mock.Mock(), clock, forecast, mock.Mock())
     with (
         mock.patch.object(train_classifier.batching, "plan_epoch", lambda *_, **__: steps),
         mock.patch.object(train_classifier, "validate", lambda *_: None),
