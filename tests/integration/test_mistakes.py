@@ -656,6 +656,12 @@ def test_a_run_that_was_started_in_another_folder(
     refused("--resume", run, "--output-dir", run, parts=parts)
 
 
+def test_the_folder_of_the_start_is_in_no_file_for_others(trained):
+    files = [path for path in trained.parent.rglob("*") if path.is_file()]
+    told = [path.relative_to(trained.parent) for path in files if os.getcwd().encode() in path.read_bytes()]
+    assert told == [Path("config.json")]
+
+
 def test_a_name_on_the_hub_is_no_folder_that_lies_around_the_run(trained, tmp_path):
     run = Path(shutil.copytree(trained.parent, tmp_path / "imdb" / "run"))
     config = json.loads((run / "config.json").read_text())
