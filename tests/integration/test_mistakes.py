@@ -914,7 +914,7 @@ OF_TRAINING = [
     "--epochs=5",
     "--max-minutes=3",
     "--output-dir=scores",
-    "--lr=1e-3",
+    "--lr=0.001",
     "--save-every=5",
     "--keep=1",
 ]
