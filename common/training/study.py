@@ -26,9 +26,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from common import cli, terminal
+from common import cli, sources, terminal
 from common.errors import Interrupted, UserError, counted, shorten
-from common.files import only_writer, read_json, replace_file
+from common.files import only_writer, read_json, replace_file, sha256
 from common.training.run import (
     CONFIG,
     HEADLINES,
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 NOT_IN_GRIDS = ("output_dir", "cache_dir", "seed", "seeds", "grid", "keep", "keep_after")
 NOT_IN_GRIDS += ("max_minutes",)
 STOPPED = (129, 130, 143, -1, -2, -15)  # exit codes of a run that a signal has stopped, or ended at its start
+DATA = "data"  # in study.json: what is read -> the SHA-256 of each of its files
+DATA_FLAGS = ("dataset", "validation_file", "test_file")
 TABLES = ("runs.csv", "study.csv", "study.tex")
 POLL_SECONDS = 0.1
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
@@ -82,6 +84,7 @@ class Study:
     runs: list[Planned]
     flags: dict[str, Any]
     metric: str  # the score of the validation split by which settings are compared
+    data: dict[str, dict[str, str]]  # flag, with the value of an axis -> file -> its SHA-256
 
 
 class OneOrSeveral(argparse.Action):
@@ -137,13 +140,13 @@ def make_plan(
         if value != parser.get_default(flag) and flag not in {*not_settings, "output_dir"}
     }
     runs = list(_plan_runs(parser, folder, given, axes, seeds))
-    study = Study(folder, runs, given, args.best_metric)
+    study = Study(folder, runs, given, args.best_metric, _hash_data(args, axes))
     if len({run.folder for run in study.runs}) < len(study.runs):
         raise UserError("--grid: two of its values make the same name of a folder; leave one out")
     if args.resume is None:
         new_run_folder(str(folder), name)
     else:
-        _require_same_study(study, axes)
+        _require_same_study(parser, study, axes)
     return study
 
 
@@ -231,12 +234,30 @@ def _as_flags(parser: cli.Parser, setting: dict[str, str]) -> list[str]:
     return flags
 
 
-def _require_same_study(study: Study, axes: dict[str, list[str]]) -> None:
-    """Raise UserError, naming what differs, when a study is continued with other flags."""
+def _hash_data(args: argparse.Namespace, axes: dict[str, list[str]]) -> dict[str, dict[str, str]]:
+    """Return the SHA-256 of each local file of the data: runs of one table must have the same."""
+    found = {}
+    for flag in DATA_FLAGS:
+        values = {f"--{_flag(flag)}": getattr(args, flag)}
+        if flag in axes:
+            values = {f"--{_flag(flag)} {value}": value for value in axes[flag]}
+        for shown, name in values.items():
+            kind = "nothing" if name is None else sources.kind_of_path(name)
+            if kind == "file":
+                found[shown] = {"": sha256(Path(name))}
+            elif kind == "folder":
+                files = sorted(path for path in Path(name).rglob("*") if path.is_file())
+                found[shown] = {str(path.relative_to(name)): sha256(path) for path in files}
+    return found
+
+
+def _require_same_study(parser: cli.Parser, study: Study, axes: dict[str, list[str]]) -> None:
+    """Raise UserError, naming what differs, when a study is continued with other flags or data."""
     before = read_study(study.folder)
     varying = {*axes, "seeds", "grid", "lr"}
+    names = {*before["flags"], *study.flags} - varying
     flags = [
-        identity_of_flags({name: value for name, value in flags.items() if name not in varying})
+        identity_of_flags({name: flags.get(name, parser.get_default(name)) for name in names})
         for flags in (before["flags"], study.flags)
     ]
     refuse_changes(study.folder, changes(*flags))
@@ -244,6 +265,14 @@ def _require_same_study(study: Study, axes: dict[str, list[str]]) -> None:
         both = (before["axes"], axes)
         was, now = (", ".join(map(_flag, sorted(names))) or "none" for names in both)
         refuse_changes(study.folder, [f"the flags that are varied were {was}, are {now}"])
+    if DATA not in before or not any(is_finished(run.folder) for run in study.runs):
+        return  # a study of an earlier state; or what it was started with may have been corrected
+    for flag in {**before[DATA], **study.data}:
+        was, now = before[DATA].get(flag), study.data.get(flag)
+        is_another_value = " " in flag and None in (was, now)  # of an axis
+        if was != now and not is_another_value:
+            problem = f"the data of {flag} are not those of its finished runs"
+            raise UserError(f"--resume {study.folder}: {problem}; restore them, or start another study")
 
 
 # The runs -----------------------------------------------------------------------------------------
@@ -422,7 +451,7 @@ def run_study(study: Study, script: Path, *, device: str, max_minutes: float | N
             for name, value in run.setting.items():
                 axes.setdefault(name.replace("-", "_"), []).append(value)
         different = {name: list(dict.fromkeys(values)) for name, values in axes.items()}
-        content = {"flags": study.flags, "axes": different, STARTED_IN: os.getcwd()}
+        content = {"flags": study.flags, "axes": different, DATA: study.data, STARTED_IN: os.getcwd()}
         replace_file(study.folder / STUDY, json.dumps(content, indent=2) + "\n")
         at_once = ", one after another"
         if len(slots) > 1:

@@ -162,7 +162,7 @@ def test_a_study_goes_on_where_it_stopped_and_repeats_no_finished_run(
         f"lr 0.{rate}, seed {seed}" for rate in (1, 2, 3) for seed in (0, 1, 7)
     ]
     for changed, named in (
-        (["--epochs", 9], "--epochs was None, is 9"),
+        (["--epochs", 9], "--epochs was 3, is 9"),
         (["--grid", "batch-size=1,2"], "that are varied were lr, are batch-size, lr"),
     ):
         with pytest.raises(UserError, match=named):
@@ -181,6 +181,43 @@ def test_new_values_of_one_flag_join_a_study_that_varies_several(stand_in, tmp_p
         f"batch-size {size}, warmup-ratio {ratio}, seed 0" for size in (8, 16, 32) for ratio in (0, 0.1, 0.2)
     ]
     assert [run.folder.is_dir() for run in joined.runs] == 6 * [True] + 3 * [False], "the old ones stay"
+
+
+def test_the_runs_of_a_study_have_the_same_data(stand_in, tmp_path, monkeypatch):
+    """Runs of other data would be in one table; data that no run has finished with may be corrected."""
+    rows, other, folder = tmp_path / "rows.csv", tmp_path / "other.csv", tmp_path / "s"
+    rows.write_text("text,label\na,pos\nb,neg\n")
+    other.write_text("text,label\na,pos\nc,neg\n")
+    flags = ["--dataset", rows, "--seeds", 0, "--output-dir", folder]
+    monkeypatch.setenv("BEHAVIOUR", "bad 0 0.1")
+    with pytest.raises(UserError, match="1 of 1 runs failed"):
+        run(stand_in, *flags)
+    monkeypatch.delenv("BEHAVIOUR")
+    rows.write_text("text,label\na,pos\nb,neg\nd,pos\n")
+    run(stand_in, "--resume", folder)
+    written = (folder / "study.json").read_bytes()
+    with pytest.raises(UserError, match="the data of --dataset are not those of its finished runs; restore"):
+        run(stand_in, "--resume", folder, "--dataset", other, "--seeds", 2)
+    assert (folder / "study.json").read_bytes() == written
+    rows.rename(tmp_path / "moved.csv")
+    run(stand_in, "--resume", folder, "--dataset", tmp_path / "moved.csv", "--seeds", 1)
+    with pytest.raises(UserError, match="the data of --test-file are not those"):
+        run(stand_in, "--resume", folder, "--test-file", other)
+    (tmp_path / "moved.csv").write_text("text,label\na,pos\n")
+    with pytest.raises(UserError, match="are not those of its finished runs"):
+        run(stand_in, "--resume", folder)
+
+
+def test_values_of_data_are_known_by_their_value(stand_in, tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.csv").write_text(f"text,label\n{name},pos\n{name},neg\n")
+    folder = tmp_path / "s"
+    run(stand_in, "--grid", f"dataset={tmp_path / 'x'}", "--output-dir", folder)
+    run(stand_in, "--resume", folder, "--grid", f"dataset={tmp_path / 'y'}")
+    (tmp_path / "x" / "test.csv").write_text("text,label\na,pos\n")
+    with pytest.raises(UserError, match=f"the data of --dataset {tmp_path / 'x'} are not those"):
+        run(stand_in, "--resume", folder)
 
 
 def test_a_study_that_was_started_in_another_folder(stand_in, tmp_path, monkeypatch):
