@@ -226,7 +226,9 @@ def _with_numbers(table: pa.Table, as_text: Sequence[str], decimal: str) -> pa.T
     with nothing in it is missing.
     """
     columns = [
-        column if name in as_text or EVERY_COLUMN in as_text else _as_numbers(column, decimal)
+        column
+        if name != ROW and not {name, EVERY_COLUMN}.isdisjoint(as_text)
+        else _as_numbers(column, decimal)
         for name, column in zip(table.column_names, table.columns)
     ]
     return pa.table(columns, names=table.column_names)
@@ -358,4 +360,4 @@ def _parsed_lines(data: DataFile, parse: Callable[[str], list[str]], columns: li
         blocks = _blocks_of_rows((cells for _, cells in lines), columns)
     else:
         blocks = _blocks_of_rows(([*cells, str(number)] for number, cells in lines), [*columns, ROW])
-    return gather(blocks, data.folder)
+    return _with_numbers(gather(blocks, data.folder), columns, ".")
