@@ -58,7 +58,7 @@ def add_kept_flags(parser: argparse._ArgumentGroup, *, needs: str, beside: str) 
     """Add the flags of columns that stay; they `need` another flag."""
     help_text = f"with {needs}: a column that stays beside {beside}"
     parser.add_argument("--id-column", metavar="NAME", help=help_text)
-    help_text = f"with {needs}: other columns that stay, such as author,date; all: every one"
+    help_text = f"with {needs}: other columns that stay, such as author,date; all: every other one"
     parser.add_argument("--keep-columns", metavar="NAMES", help=help_text)
 
 

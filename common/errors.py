@@ -20,8 +20,8 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 # What ends a process without being its fault, and what helps. Rust's and Arrow's messages hold the
 # number of the error: "(os error 28)", "[errno 28]".
 OS_ERROR = re.compile(r"\((?:os )?error (\d+)\)|\[errno (\d+)\]", re.IGNORECASE)
-MORE_DISK = "free some space, or name folders on another disk with --output-dir and --cache-dir"
-OTHER_PLACE = "change the permissions, or name folders elsewhere with --output-dir and --cache-dir"
+MORE_DISK = "free some space, or write to another disk (--output, --output-dir, --cache-dir)"
+OTHER_PLACE = "change the permissions, or write elsewhere (--output, --output-dir, --cache-dir)"
 SYSTEM_ADVICE = {
     errno.ENOSPC: MORE_DISK,
     errno.EDQUOT: MORE_DISK,

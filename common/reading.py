@@ -139,7 +139,7 @@ def read_table(
     rows = _as_dataset(_read_rows(data), name, as_text)
     if len(rows) == 0 and faults:
         problem = f"none of its rows can be read: {faults[0].problem}"
-        raise UserError(f"{name}: {problem}; correct the file")
+        raise UserError(f"{name}: {problem}; correct the file, or name its --encoding")
     if len(rows) == 0:
         raise UserError(f"{name}: the file has no rows; name one that has rows")
     return _with_fields(rows, as_text)

@@ -517,7 +517,8 @@ def _known_labels(split: str, values: list[Label], task: Task, complaint: str) -
             return name
         raise UserError(
             f"split {split}, row {row}: the label {quoted(name)} {complaint}"
-            f" ({listed(sorted(known, key=natural_order), most=10)}); correct or remove the row"
+            f" ({listed(sorted(known, key=natural_order), most=10)}); correct or remove the row,"
+            " or leave such rows out with --skip-bad"
         )
 
     numbered = enumerate(values, start=1)

@@ -285,11 +285,15 @@ def new_run_folder(output_dir: str | None, name: str) -> Path:
 
 def _require_empty(folder: Path) -> None:
     names = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
-    if not all(UNFINISHED_CONFIG.fullmatch(name) for name in names):
-        raise UserError(
-            f"--output-dir {folder}: it holds another run or other files; name a new folder or"
-            " remove it first"
+    if all(UNFINISHED_CONFIG.fullmatch(name) for name in names):
+        return
+    problem, advice = "it holds other files", "name a new folder or remove it first"
+    if not names.isdisjoint((CONFIG, STUDY)):
+        problem, advice = (
+            "it holds another run",
+            f"continue that with --resume {folder}, or name a new folder",
         )
+    raise UserError(f"--output-dir {folder}: {problem}; {advice}")
 
 
 @contextlib.contextmanager

@@ -293,8 +293,9 @@ def test_a_job_that_ended_meanwhile_has_left_its_run(tmp_path):
     """The folder was empty when the flags were checked, before PyTorch was loaded."""
     location = locate_run(str(tmp_path / "run"), None, name="x")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.json").write_text("{}")
-    with pytest.raises(UserError, match="holds another run"), only_run(location, is_named=True):
+    (tmp_path / "run" / "config.json").write_text("{}")
+    problem = f"holds another run; continue that with --resume {location.folder}, or name a new folder"
+    with pytest.raises(UserError, match=problem), only_run(location, is_named=True):
         pass
     assert (tmp_path / "run" / "metrics.json").exists()
 
