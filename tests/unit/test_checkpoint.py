@@ -297,7 +297,7 @@ def test_a_job_that_ended_meanwhile_has_left_its_run(tmp_path):
     problem = f"holds another run; continue that with --resume {location.folder}, or name a new folder"
     with pytest.raises(UserError, match=problem), only_run(location, is_named=True):
         pass
-    assert (tmp_path / "run" / "metrics.json").exists()
+    assert (tmp_path / "run" / "config.json").exists()
 
 
 @pytest.mark.parametrize(("number", "call"), [(signal.SIGTERM, 1), (signal.SIGALRM, 2)])
