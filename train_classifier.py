@@ -382,11 +382,11 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
     model = state.wrapped  # with DDP around it if there are several processes
     optimizer, scheduler, scaler = state.optimizer, state.scheduler, state.scaler
     meter, patience = state.meter, config.early_stopping_patience
-    class_weights = state.class_weights  # (C)
-    if class_weights is not None:
-        class_weights = class_weights.to(runtime.device)
-
     # the shapes in comments: B texts, K chunks of these texts, C classes, labels or numbers
+    weights_on_device = state.class_weights  # (C); examples are counted before they are on the device
+    if weights_on_device is not None:
+        weights_on_device = weights_on_device.to(runtime.device)
+
     while state.epoch <= config.epochs and not state.is_out_of_patience(patience):
         # the optimizer steps of the epoch, each a list of micro-batches
         steps = batching.plan_epoch(
@@ -414,7 +414,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
 
             batches = iter(loader)
             for step in bar:
-                model.train()
+                model.train()  # with dropout, which an evaluation has switched off
                 micro_batches = [next(batches) for _ in step]
                 # the loss is a mean over the examples of all micro-batches and processes: their
                 # number (times that of labels), or the sum of their class weights, divides the sum
@@ -430,7 +430,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                         logits = pool_chunks(logits.float(), batch["text_of_chunk"], len(targets))  # (B, C)
                         # cross-entropy of classes or labels, squared error of numbers
                         summed_loss = sum_losses(
-                            config.task, logits, targets, class_weights, config.label_smoothing
+                            config.task, logits, targets, weights_on_device, config.label_smoothing
                         )
                         # times world_size, because DDP divides by it when it averages gradients
                         loss_share = summed_loss / divisor * runtime.world_size
@@ -438,7 +438,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                     meter.add(summed_loss, batch["row"])
                 scaler.unscale_(optimizer)  # before clipping: the norm is the true gradient's
                 grad_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                scale_before = scaler.get_scale()
+                scale_before = scaler.get_scale()  # in fp16 it waits for the GPU; else it is 1 at once
                 scaler.step(optimizer)
                 scaler.update()
                 # in fp16 the scaler skips a step that overflows, and lowers its scale; then the

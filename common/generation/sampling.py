@@ -113,9 +113,7 @@ def keep_min_p(logits: Tensor, share: float) -> Tensor:
     """Keep tokens at least `share` times as likely as the most likely one (Nguyen et al. 2024)."""
     probabilities = logits.softmax(-1)
     highest = probabilities.amax(-1, keepdim=True)  # (B, 1)
-    removed = probabilities < share * highest
-    removed.scatter_(-1, probabilities.topk(1).indices, False)
-    return logits.masked_fill(removed, -torch.inf)
+    return logits.masked_fill(probabilities < share * highest, -torch.inf)
 
 
 def keep_typical(logits: Tensor, mass: float) -> Tensor:
@@ -130,7 +128,6 @@ def keep_typical(logits: Tensor, mass: float) -> Tensor:
     cumulative = logits.gather(-1, order).softmax(-1).cumsum(-1)
     last = (cumulative < mass).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)  # (B, 1)
     removed = distance > distance.gather(-1, last)
-    removed[..., 0] = False
     return logits.masked_fill(removed.scatter(-1, order, removed), -torch.inf)
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # pools if it has four batches, so that it stays shuffled
 MAX_POOL_BATCHES, MIN_POOLS = 50, 4
 # peak memory in terms of the activations' size, as the heap does not return all that is freed
-# (`keep_large_blocks`): measured 1.57 with the bundled model and texts
+# (`keep_large_blocks`); with the bundled model and texts 1.57 were measured
 CPU_OVERHEAD = 1.5
 NOT_MODEL_INPUTS = ("text", "text_pair", "label", "row", "chunk_lengths", "num_tokens", "num_read")
 
@@ -45,9 +45,9 @@ NOT_MODEL_INPUTS = ("text", "text_pair", "label", "row", "chunk_lengths", "num_t
 class BatchConfig:
     """How the texts of an epoch are grouped; the fields are named as their flags."""
 
-    batch_size: int  # texts per process and micro-batch
-    grad_accum: int  # micro-batches per optimizer step
-    max_chunks: int
+    batch_size: int  # texts per process in a part of a step
+    grad_accum: int  # parts of an optimizer step
+    max_chunks: int  # of a text; with several, a part is cut into micro-batches of `batch_size` chunks
     batching: str
     seed: int
     num_workers: int
