@@ -222,10 +222,12 @@ def fill_index(
             check_settings(args.index, settings, store.snapshot.settings)
             if store.snapshot.num_rows and settings["model"] != store.snapshot.settings["model"]:
                 store.record_model(settings["model"])  # the same one, which has moved
-            skip, given = {"skip_bad": args.skip_bad}, None
+            given = None
             if args.vectors:
-                given = read_vectors(args.vectors, collection, encoder, **skip, say=screen.say)
-            builder = Builder(store, encoder, update=args.update, given=given, **skip)
+                given = read_vectors(
+                    args.vectors, collection, encoder, skip_bad=args.skip_bad, say=screen.say
+                )
+            builder = Builder(store, encoder, update=args.update, given=given, skip_bad=args.skip_bad)
             fill(builder, collection, block=args.block)
             if args.prune:
                 builder.remove_unseen()
@@ -566,8 +568,9 @@ def evaluate(args: argparse.Namespace, screen: Screen) -> None:
     runtime = start(args)
     if args.sts:
         encoder = load_encoder(encoder_config(args), runtime)
-        options = {"options": reading_options(args), "block": args.block}
-        scores = relevance.sts_score(encoder, args.sts, args.sts_columns, **options)
+        scores = relevance.sts_score(
+            encoder, args.sts, args.sts_columns, options=reading_options(args), block=args.block
+        )
         display.show_sts(screen, args.sts, scores)
         return
     task, source = read_task(args)
@@ -642,8 +645,9 @@ def score_model(
 
     own = (encoder.name, fingerprint, encoder.width)
     if given is None:
-        options = {"options": reading_options(args), "block": args.block}
-        cosines, human = relevance.sts_cosines(encoder, args.sts, args.sts_columns, **options)
+        cosines, human = relevance.sts_cosines(
+            encoder, args.sts, args.sts_columns, options=reading_options(args), block=args.block
+        )
         rows = [str(row) for row in range(1, len(human) + 1)]
         return ModelScores(*own, None, rows, {COSINE: cosines, HUMAN: human})
     task, source = given

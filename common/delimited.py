@@ -23,7 +23,7 @@ from common.dialects import Dialect, read_cells
 from common.errors import UserError, counted, note, one_line, shorten
 from common.plain_files import DataFile
 from common.sources import EVERY_COLUMN, FASTTEXT_LABEL, suffix
-from common.tables import BLOCK_ROWS, gather, is_utf8, map_file, parse_lines
+from common.tables import BLOCK_ROWS, arrow_map, gather, is_utf8, parse_lines
 
 MOST_RESTARTS = 20  # after quotation marks that are never closed
 BLOCK_BYTES = 4 << 20  # of a file that Arrow reads at once
@@ -52,7 +52,7 @@ def read(data: DataFile) -> pa.Table:
         _warn_of_long_cells(content, quotes, data.name, dialect)
         # what it can't read, the plain reader reads, or says on which line the fault is
         with contextlib.suppress(pa.ArrowInvalid):
-            table = gather(read_fast(map_file(data.file), dialect), data.folder)
+            table = gather(read_fast(arrow_map(data.file), dialect), data.folder)
     if table is None:
         table = gather(_blocks_of_rows(read_rows(data, dialect), dialect.names), data.folder)
     return _with_numbers(table, data.as_text, data.options.decimal)

@@ -85,11 +85,11 @@ def _on_disk(tables: Iterable[pa.Table], folder: str | None) -> list[pa.Table]:
             with pa.ipc.new_stream(file, table.schema) as writer:
                 writer.write_table(table)
         file.flush()
-        content = map_file(file).read_buffer()
+        content = arrow_map(file).read_buffer()
     return [pa.ipc.open_stream(content.slice(start)).read_all() for start in starts]
 
 
-def map_file(file: BinaryIO) -> pa.MemoryMappedFile:
+def arrow_map(file: BinaryIO) -> pa.MemoryMappedFile:
     """Return the content of an open file for Arrow, which maps it itself.
 
     A mapping of Python's could only be given back with Python's lock. A thread of Arrow that is the
@@ -174,7 +174,7 @@ def read_parquet(data: DataFile) -> pa.Table:
     stand for, and what was stored in a way that few functions of Arrow know, in the usual one.
     """
     with explained(data.name, "parquet"):
-        source = pq.ParquetFile(map_file(data.file), page_checksum_verification=True)
+        source = pq.ParquetFile(arrow_map(data.file), page_checksum_verification=True)
         blocks = (pa.Table.from_batches([batch]) for batch in source.iter_batches(BLOCK_ROWS))
         table = gather(blocks, data.folder)
         for position, field in enumerate(table.schema):

@@ -8,6 +8,7 @@ Equal scores: the lower row comes first.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -79,7 +80,8 @@ def _scores(
     blocks: Iterable[tuple[int, np.ndarray]], queries: np.ndarray, allowed: np.ndarray | None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (first row, fp32 scores (n, q)) over all rows, in whole groups: rows that are left out,
-    and those that only fill the last group, have -inf. Each yield overwrites the scores before.
+    and those that only fill the last group, have -inf. Each yield overwrites the scores before. The
+    blocks begin with row 0 and leave none out.
     """
     columns = np.ascontiguousarray(queries.T, np.float32)  # (width, q)
     size, end = max(SCORES // len(queries) // GROUP, 1) * GROUP, 0
@@ -96,7 +98,7 @@ def _scores(
             if end % size == 0:
                 yield end - size, buffer
     if rest := end % size:
-        whole = -(-rest // GROUP) * GROUP
+        whole = math.ceil(rest / GROUP) * GROUP
         buffer[rest:whole] = -np.inf
         yield end - rest, buffer[:whole]
 
@@ -178,6 +180,7 @@ class Candidates:
         Scores are compared in groups: most groups are ruled out by their highest score alone.
         """
         size = scores.shape[0]
+        # fewer groups than k have no k-th best peak: then each row is a group of its own
         group = GROUP if size // GROUP >= self.k else 1
         grouped = scores.reshape(size // group, group, self.num_queries)
         if self.num_queries == 1:  # too little to wake PyTorch's threads for

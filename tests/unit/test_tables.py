@@ -593,7 +593,7 @@ def test_both_readers_of_a_table_give_what_was_written(rows, delimiter, line_end
         content = np.frombuffer(target.getvalue().encode(), np.uint8)
         quotes = np.flatnonzero(content == ord('"'))
         assert delimited.is_well_formed(content, quotes, delimiter)
-        found = pa.concat_tables(delimited.read_fast(tables.map_file(file), dialect)).to_pylist()
+        found = pa.concat_tables(delimited.read_fast(tables.arrow_map(file), dialect)).to_pylist()
         assert [[row["text"], row["label"]] for row in found] == rows
 
 
