@@ -211,6 +211,9 @@ def _axes(parser: cli.Parser, args: argparse.Namespace) -> dict[str, list[str]]:
             raise UserError(f"--grid {text}: {problem}; see --help")
         if name in axes:
             raise UserError(f"--grid {text}: --{flag} is varied twice; give its values once")
+        if getattr(args, name) != parser.get_default(name):
+            problem = f"--{_flag(name)} has a value of its own, {getattr(args, name)}"
+            raise UserError(f"--grid {text}: {problem}; leave that out, or add it to the grid")
         axes[name] = [value.strip() for value in values.split(",")]
         if known[name].nargs == 0 and not set(axes[name]) <= {"true", "false"}:
             raise UserError(f"--grid {text}: --{flag} is on or off; write {flag}=true,false")

@@ -427,10 +427,14 @@ FLAGS = {  # name: (flags, what the line must hold)
     "a grid without values": (["--grid", "epochs"], ("--grid", "'epochs'", "batch-size=8,16")),
     "a grid of what is no flag": (["--grid", "epoch=1,2"], ("--grid epoch=1,2", "no flag of a training")),
     "a grid of seeds": (["--grid", "seed=1,2"], ("--grid seed=1,2", "--seeds")),
-    "a value of a grid that can't be": (["--grid", "epochs=1,0"], ("--epochs", "'0'", "above 0")),
+    "a value of a grid that can't be": (["--grid", "batch-size=1,0"], ("--batch-size", "'0'", "above 0")),
     "a switch with other values": (["--grid", "compile=1"], ("--grid compile=1", "compile=true,false")),
     "a seed twice": (["--seeds", 1, 2, 1], ("--seeds 1 2 1", "twice")),
     "a rate varied twice": (["--lr", 1, 2, "--grid", "lr=1"], ("--grid lr=1", "twice")),
+    "a value beside a grid": (
+        ["--batch-size", 4, "--grid", "batch-size=8,16"],
+        ("--grid batch-size=8,16", "--batch-size has a value of its own, 4"),
+    ),
     "a value of a grid twice": (
         ["--grid", "lr=1e-3,2e-3,0.001"],
         ("--grid: lr 1e-3 and lr 0.001 are the same",),
