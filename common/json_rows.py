@@ -106,4 +106,4 @@ def _json_column(values: list, column: str, data: DataFile) -> pa.Array:
             if value is not None and type(value) not in (str, int):
                 problem = f"{column!r} holds a {type(value).__name__}, in other rows texts"
                 raise _BadValue(position, problem) from None
-        return as_strings(values)
+        return as_strings(values, column)

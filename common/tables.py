@@ -11,7 +11,7 @@ import errno
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -114,20 +114,39 @@ def _joined_column(tables: list[pa.Table], name: str) -> pa.ChunkedArray:
     for table in tables:
         has_it = name in table.column_names
         parts.append(table.select([name]) if has_it else pa.table({name: pa.nulls(len(table))}))
-    try:
-        return pa.concat_tables(parts, promote_options="permissive")[name]
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        values = [as_strings(part[name].to_pylist()) for part in parts]
-        return pa.chunked_array(values, pa.string())
+    kinds = [part.schema.field(name).type for part in parts]
+    has_texts = any(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in kinds)
+    has_bytes = any(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) for kind in kinds)
+    if not (has_texts and has_bytes):  # Arrow would make bytes of the texts
+        with contextlib.suppress(pa.ArrowInvalid, pa.ArrowTypeError):
+            return pa.concat_tables(parts, promote_options="permissive")[name]
+    values = [as_strings(part[name].to_pylist(), name) for part in parts]
+    return pa.chunked_array(values, pa.string())
 
 
-def as_strings(values: list) -> pa.Array:
-    """Return values of several types as strings: what is none already, as JSON writes it."""
-    texts = [
-        value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for value in values
-    ]
-    return pa.array(texts, pa.string())
+def as_strings(values: list, name: str) -> pa.Array:
+    """Return values of several types in a column as strings: what is none already, as JSON writes it;
+    what JSON has no form for, such as a date, as Python writes it. Raises UserError, naming the
+    column, for bytes that are no text in UTF-8.
+    """
+
+    def other(value: Any) -> str:
+        if not isinstance(value, bytes):
+            return str(value)
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            problem = "holds bytes that are no text in UTF-8, and in another file or row texts"
+            raise UserError(f"column {name!r} {problem}; convert it, or leave it out") from error
+
+    def string(value: Any) -> str | None:
+        if value is None or isinstance(value, str):
+            return value
+        if isinstance(value, bool | int | float | list | dict):
+            return json.dumps(value, ensure_ascii=False, default=other)
+        return other(value)
+
+    return pa.array([string(value) for value in values], pa.string())
 
 
 # Lines --------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@ without an index, recommendations, lists, one of each group, an index that follo
 """
 
 import csv
+import datetime
 import io
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sentence_transformers import SentenceTransformer
@@ -155,6 +157,16 @@ def test_dedupe_calls_texts_that_no_column_had_as_it_is_told(ok, tmp_path):
     ok("dedupe", tmp_path / "t.txt", "--text-column", "good, text", "--output", tmp_path / "out.csv")
     with open(tmp_path / "out.csv") as file:
         assert list(csv.reader(file)) == [["good, text"], ["the film was good"]]
+
+
+def test_dates_of_one_file_meet_texts_of_another(ok, tmp_path):
+    days = pa.table({"text": ["one cat"], "day": [datetime.datetime(2024, 1, 1)]})
+    pq.write_table(days, tmp_path / "a.parquet")
+    (tmp_path / "b.csv").write_text("text,day\ntwo grim dogs,2024-01-02\n")
+    files = (tmp_path / "a.parquet", tmp_path / "b.csv")
+    ok("dedupe", *files, "--threshold", 0.9999, "--output", tmp_path / "out.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["day"] for row in rows] == ["2024-01-01 00:00:00", "2024-01-02"]
 
 
 def test_dedupe_of_an_index_writes_its_rows(ok, embed, made, tmp_path):

@@ -4,6 +4,8 @@ that nothing is silently another text, label or id.
 
 import bz2
 import csv
+import datetime
+import decimal
 import gzip
 import io
 import json
@@ -808,3 +810,26 @@ def test_a_row_has_its_number_whether_or_not_bad_ones_are_left_out(name, content
         sound = reading.read_file(tmp_path / name, as_text=as_text, faults=[])
         assert strict["text"][:] == sound["text"][:] == ["a", "b", "c"]
         assert sound[ROW][:] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (datetime.datetime(2024, 1, 1), "2024-01-01 00:00:00"),
+        (datetime.date(2024, 1, 1), "2024-01-01"),
+        (datetime.time(1, 2), "01:02:00"),
+        (decimal.Decimal("1.50"), "1.50"),
+        (b"bytes", "bytes"),
+        (True, "true"),
+        ({"day": datetime.date(2024, 1, 1)}, '{"day": "2024-01-01"}'),
+    ],
+)
+def test_what_meets_texts_in_another_file_becomes_text(value, text):
+    parts = [pa.table({"x": [value, None]}), pa.table({"x": ["a text"]})]
+    assert tables.joined(parts)["x"].to_pylist() == [text, None, "a text"]
+
+
+@pytest.mark.parametrize("value", [b"\xff", [b"\xff"]])
+def test_bytes_that_are_no_text_do_not_meet_texts(value):
+    with pytest.raises(UserError, match="column 'x' holds bytes that are no text in UTF-8.*; convert it"):
+        tables.joined([pa.table({"x": [value]}), pa.table({"x": ["a text"]})])
