@@ -112,9 +112,9 @@ def generate_on_cpu(flags: tuple, model: Path, max_new_tokens: int) -> int:
     import generate
 
     defaults = {"--model": model, "--device": "cpu", "--precision": "fp32"}
-    return exit_code_in_process(
-        generate, with_defaults(flags, {**defaults, "--max-new-tokens": max_new_tokens})
-    )
+    if not set(flags).intersection(generate.generation_flags.NO_TEXTS):
+        defaults["--max-new-tokens"] = max_new_tokens
+    return exit_code_in_process(generate, with_defaults(flags, defaults))
 
 
 def read_json_lines(path: Path) -> list[dict]:

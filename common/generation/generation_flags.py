@@ -257,6 +257,12 @@ NO_SCORE = ("--check", *ONE_PROMPT, "--serve", "--interactive")
 NO_SCORE += ("--perplexity", "--score-continuations")
 NO_TEXTS = ("--perplexity", "--score", "--score-continuations")
 CONSTRAINTS = ("--choices", "--regex")
+OF_NEW_TEXTS = (  # flags of the choice, the number and the end of tokens
+    *("--use-model-defaults", *DRAWING_FLAGS, "--repetition-penalty", "--presence-penalty"),
+    *("--frequency-penalty", "--logit-bias", "--ban-words", "--no-repeat-ngram-size", "--lookup"),
+    *("--num-beams", *CONSTRAINTS, "--max-new-tokens", "--min-new-tokens", "--stop", "--end-token"),
+    *("--num-samples", "--stream"),
+)
 MAY_FORBID = ("--min-new-tokens", "--no-repeat-ngram-size", "--ban-words")
 KEPT = ("--id-column", "--keep-columns")
 TABLES = ("--prompts-file", "--references", "--score")  # flags whose file may be a table
@@ -273,6 +279,8 @@ NEEDS = {  # a flag, and the flags of which it needs one
     "--score": ("--references",),
     **dict.fromkeys(("--columns", "--delimiter", "--quoting"), TABLES),
     "--encoding": (*TABLES, "--perplexity", "--score-continuations"),
+    "--text-column": ("--prompts-file", "--score"),
+    "--reference-column": ("--references",),
     "--xtc-threshold": ("--xtc-probability",),
     "--length-penalty": ("--num-beams",),
     "--early-stopping": ("--num-beams",),
@@ -290,7 +298,9 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ),
     ("--resume", ("--score-continuations",), "its file is written at once"),
     ("--logprobs", ("--score-continuations",), "it writes those of whole texts"),
-    ("--stop", ("--perplexity", "--score-continuations"), "no text is generated that could stop"),
+    *((flag, NO_TEXTS, "no text is generated") for flag in OF_NEW_TEXTS),
+    ("--chat", ("--perplexity", "--score"), "a text is scored as it is"),
+    ("--batch-size", ("--perplexity", "--score"), "this mode makes no batches of texts"),
     ("--stream", ("--output",), "the texts go to a file, not to the screen"),
     ("--lookup", (*DRAWING_FLAGS, "--use-model-defaults"), "prompt lookup is for greedy decoding"),
     (
@@ -301,7 +311,6 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     *((flag, ("--prompt",), "it names columns, which a text has not") for flag in (*KEPT, TEMPLATE)),
     (TEMPLATE, ("--text-column",), "the template names the columns"),
     ("--skip-bad", MODES, "this mode leaves out no prompts"),
-    *((flag, NO_TEXTS, "no text is generated") for flag in ("--use-model-defaults", *DRAWING_FLAGS)),
     ("--adapter", ("--score",), "no model is loaded"),
     ("--lookup", ONE_PROMPT, "this mode uses no prompt lookup"),
     ("--num-beams", DRAWING_FLAGS, "a beam search draws nothing"),
@@ -309,13 +318,12 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
     ("--num-beams", ("--lookup",), "a beam search has several texts to guess"),
     ("--num-beams", ("--stop",), "beams end at end tokens only"),
     ("--num-beams", ("--logprobs",), "the logits of a beam are not kept"),
-    ("--num-beams", (*ONE_PROMPT, *NO_PROMPT), "this mode chooses token by token"),
+    ("--num-beams", (*ONE_PROMPT, "--serve", "--interactive"), "this mode chooses token by token"),
     ("--choices", ("--regex",), "a text has one form"),
     *((flag, MAY_FORBID, "it could forbid what the form needs") for flag in CONSTRAINTS),
     *((flag, ("--stop",), "the text ends where its form does") for flag in CONSTRAINTS),
     *((flag, ("--num-beams",), "a beam search knows no form") for flag in CONSTRAINTS),
-    *((flag, NO_TEXTS, "this mode generates no texts") for flag in CONSTRAINTS),
-    ("--num-samples", (*ONE_PROMPT, *NO_PROMPT), "this mode takes one text per prompt"),
+    ("--num-samples", (*ONE_PROMPT, "--serve", "--interactive"), "this mode takes one text per prompt"),
     ("--num-samples", ("--references",), "one text per prompt is scored"),
     ("--check", ("--sampler",), "only --sampler exact draws the random numbers of model.generate"),
     ("torchrun", MODES, "this mode runs in one process"),
@@ -363,6 +371,10 @@ def check_flags(args: argparse.Namespace) -> None:
     for name in (args.perplexity, args.score_continuations):
         if name is not None:
             sources.check_text_file(name)
+    if args.perplexity is not None and sources.suffix(args.perplexity) in sources.DATA_SUFFIXES:
+        problem = "a text is scored as a whole, and this is a data file"
+        advice = f"write the texts of its column to a .txt file, or score it raw: - < {args.perplexity}"
+        raise UserError(f"--perplexity {args.perplexity}: {problem}; {advice}")
     if args.chat_template is not None:
         check_template(args.chat_template)
     if args.output is not None:

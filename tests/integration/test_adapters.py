@@ -84,7 +84,9 @@ def script(models, cache_dir, capfd):
 
     def run(*flags) -> tuple[int, str, str]:
         defaults = {"--model": models["llama"], "--device": "cpu", "--precision": "fp32"}
-        defaults |= {"--max-new-tokens": NEW, "--cache-dir": cache_dir}
+        defaults |= {"--cache-dir": cache_dir}
+        if not set(flags).intersection(generate.generation_flags.NO_TEXTS):
+            defaults["--max-new-tokens"] = NEW
         code = exit_code_in_process(generate, with_defaults(flags, defaults))
         return code, *capfd.readouterr()
 

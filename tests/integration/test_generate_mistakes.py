@@ -211,6 +211,41 @@ FLAGS = {  # name: (flags, what the line must hold)
         ["--perplexity", "README.md", "--stop", "a"],
         ("--stop 'a'", "--perplexity", "leave one"),
     ),
+    "a perplexity of a data file": (
+        ["--perplexity", "docs/examples/questions.jsonl"],
+        ("--perplexity docs/examples/questions.jsonl", "data file", ".txt", "- < docs/examples/questions"),
+    ),
+    "a column of a perplexity": (
+        ["--perplexity", "README.md", "--text-column", "body"],
+        ("--text-column 'body'", "--prompts-file or --score", "leave it out"),
+    ),
+    **{
+        f"{flag} of a perplexity": (
+            ["--perplexity", "README.md", flag, *value],
+            (flag, "--perplexity 'README.md'", reason, "leave one"),
+        )
+        for flag, value, reason in [
+            ("--chat", [], "scored as it is"),
+            ("--batch-size", [2], "no batches"),
+            ("--stream", [], "no text is generated"),
+            *(
+                (flag, [3], "no text is generated")
+                for flag in ("--lookup", "--num-beams", "--max-new-tokens", "--min-new-tokens")
+            ),
+            *(
+                (flag, [1.5], "no text is generated")
+                for flag in ("--repetition-penalty", "--presence-penalty", "--frequency-penalty")
+            ),
+        ]
+    },
+    "an end token of given texts": (
+        ["--score-continuations", "docs/examples/questions.jsonl", "--end-token", "a"],
+        ("--end-token 'a'", "no text is generated"),
+    ),
+    "a column of references that are not there": (
+        [*P, "--reference-column", "body"],
+        ("--reference-column 'body'", "--references", "leave it out"),
+    ),
     "a window without a perplexity": ([*P, "--window", 9], ("--window 9", "--perplexity", "leave it out")),
     "a delimiter without a file": (
         [*P, "--delimiter", "tab"],
