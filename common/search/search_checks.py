@@ -28,7 +28,13 @@ from common.search.manifest import (
     store_of,
     taken_column,
 )
-from common.search.search_flags import kept_of, overlap_of
+from common.search.search_flags import (
+    check_query_column,
+    has_table_of_queries,
+    kept_of,
+    overlap_of,
+    query_column,
+)
 from common.search.words import AUTO, LANGUAGES
 
 # what the processes of torchrun do together, and what a collection in Milvus can do
@@ -273,7 +279,12 @@ def check_queries(args: argparse.Namespace) -> None:
         raise UserError("search: name either queries or --queries FILE")
     for number, query in enumerate(args.queries, start=1):
         sources.check_query(query, f"query {number}")
-    if args.queries_file:
+    if has_table_of_queries(args):
+        sources.check_texts(args.queries_file)
+        options = sources.FileOptions(encoding=args.encoding)
+        if names := reading.names_at_once(args.queries_file, [query_column(args)], options=options):
+            check_query_column(names, args)
+    elif args.queries_file:
         sources.check_text_file(args.queries_file)
 
 
@@ -303,8 +314,9 @@ def check_unused(args: argparse.Namespace) -> None:
             args, ["rerank_depth"], args.default_of, "it belongs to --rerank, which is not there"
         )
     if not getattr(args, "texts", None) and not getattr(args, "sts", None):
-        # dedupe writes the texts of an index into a column of this name
-        names = [name for name in OF_TEXTS if (args.command, name) != ("dedupe", "text_column")]
+        # dedupe writes the texts of an index into a column of this name; queries in a data file have one
+        names_column = args.command == "dedupe" or has_table_of_queries(args)
+        names = [name for name in OF_TEXTS if not (names_column and name == "text_column")]
         cli.refuse_unused(args, names, args.default_of, "it says how TEXTS are read, and there are none")
 
 

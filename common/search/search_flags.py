@@ -12,11 +12,11 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypedDict
 
 from common import cli, sources
-from common.columns import KeptColumns
-from common.errors import UserError, outcome
+from common.columns import KeptColumns, require_column
+from common.errors import UserError, listed, outcome
 from common.search.manifest import (
     DEFAULT_LIMITS,
     MILVUS,
@@ -139,7 +139,7 @@ def add_search_flags(command: cli.Parser) -> None:
     add_index_flag(command, "where to search; a few texts need none", required=False)
     add_id_flag(command)
     flag("--query", action="append", default=[], help="a text to search for; may be repeated")
-    lines = "one query per line, - for standard input"
+    lines = "one query per line, - for standard input; or a data file with a column of texts"
     flag("--queries", dest="queries_file", metavar="FILE", type=cli.path, help=lines)
     add_hit_flags(command)
     flag("--hybrid", action="store_true", help="fuse cosine and BM25 by reciprocal rank")
@@ -562,8 +562,9 @@ class Queries(NamedTuple):
 
 
 def read_queries(args: argparse.Namespace) -> Queries:
-    """Return the queries of the command line, or the lines of their file. Raises UserError, naming
-    the line, for one that can't be searched for, unless --skip-bad leaves it out.
+    """Return the queries of the command line, of the column of a data file, or the lines of any other
+    file. Raises UserError, naming row or line, for one that can't be searched for, unless --skip-bad
+    leaves it out.
     """
     if not args.queries_file:
         return Queries(args.queries, [], "")
@@ -573,24 +574,62 @@ def read_queries(args: argparse.Namespace) -> Queries:
     texts: list[str] = []
     bad: list[int] = []
     why = ""
-    with plain_files.open_plain(args.queries_file, encoding=args.encoding) as file:
-        for position, line in enumerate(reading.raw_lines(file)):
-            text = outcome(_query_of, line, f"{name}, line {position + 1}")
+    with plain_files.open_plain(args.queries_file, encoding=args.encoding, folder=args.cache_dir) as file:
+        is_table = has_table_of_queries(args)
+        unit = "row" if is_table else "line"
+        given = _query_cells(file, name, args) if is_table else reading.raw_lines(file)
+        for position, content in enumerate(given):
+            text = outcome(_query_of, content, f"{name}, {unit} {position + 1}")
             if isinstance(text, UserError):
                 if not args.skip_bad:
                     raise UserError(f"{text}, or skip it with --skip-bad") from text
                 bad.append(position)
                 why = why or str(text)
-            texts.append(line.decode(errors="replace") if isinstance(text, UserError) else text)
+                text = content.decode(errors="replace") if isinstance(content, bytes) else content or ""
+            texts.append(text)
     if len(bad) == len(texts):
         raise UserError(f"{name}: none of its queries can be used; name another file")
     return Queries(texts, bad, why)
 
 
-def _query_of(line: bytes, location: str) -> str:
+def has_table_of_queries(args: argparse.Namespace) -> bool:
+    """Return whether --queries of a search names a data file."""
+    name = getattr(args, "queries_file", None)
+    return name is not None and sources.suffix(name) in sources.DATA_SUFFIXES
+
+
+def query_column(args: argparse.Namespace) -> str:
+    """Return the column of the queries in a data file: --text-column is that of TEXTS, where there are
+    some.
+    """
+    return "text" if args.texts else args.text_column
+
+
+def _query_cells(file: BinaryIO, name: str, args: argparse.Namespace) -> Sequence[str | None]:
+    from common import reading
+
+    column, options = query_column(args), sources.FileOptions(encoding=args.encoding)
+    rows = reading.read_table(file, name, as_text=[column], options=options, cache_dir=args.cache_dir)
+    check_query_column(rows.column_names, args)
+    reading.check_kind(rows, column, source=name)
+    return rows[column][:]
+
+
+def check_query_column(names: Sequence[str], args: argparse.Namespace) -> None:
+    """Raise UserError unless the column of the queries is one of the `names` of their file."""
+    column = query_column(args)
+    if args.texts and column not in names:
+        problem = f"no column {column!r} among {listed(names)}"
+        raise UserError(f"{args.queries_file}: {problem}; rename the column of the queries so")
+    require_column(names, column, source=args.queries_file, flag="--text-column")
+
+
+def _query_of(content: bytes | str | None, location: str) -> str:
     from common.plain_files import decode_utf8
 
-    text = decode_utf8(line, location)
+    if content is None:
+        raise UserError(f"{location}: the text is missing; write something in it")
+    text = decode_utf8(content, location) if isinstance(content, bytes) else content
     sources.check_query(text, location)
     return text
 

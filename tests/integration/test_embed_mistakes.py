@@ -709,3 +709,34 @@ def test_a_query_that_is_left_out_has_no_hits(embed, refused, home, monkeypatch)
         "--skip-bad",
         parts=("none of its queries",),
     )
+
+
+QUERY_FILES = {  # name: (content, flags)
+    "q.csv": ("id,text\n7,good\n8,bad\n", []),
+    "q.jsonl": ('{"_id": "7", "text": "good"}\n{"_id": "8", "text": "bad"}\n', []),
+    "q.tsv": ("question\tid\ngood\t7\nbad\t8\n", ["--text-column", "question"]),
+}
+
+
+@pytest.mark.parametrize("name", QUERY_FILES)
+def test_queries_come_from_a_column(name, embed, home, tmp_path):
+    content, flags = QUERY_FILES[name]
+    (tmp_path / name).write_text(content)
+    found = embed("search", "--index", home / "ix", "--queries", tmp_path / name, *flags, "--json")
+    assert found[0] == 0 and found[2] == "", found
+    assert [one["query"] for one in json.loads(found[1])["queries"]] == ["good", "bad"]
+
+
+def test_a_column_of_queries_that_can_not_be_used(refused, embed, home, tmp_path):
+    (tmp_path / "q.csv").write_text("id,question\n7,good\n8,\n")
+    (tmp_path / "t.csv").write_text("body\ngood film\n")
+    index, queries = ("--index", "HOME/ix"), ("--queries", tmp_path / "q.csv")
+    texts, problem = (tmp_path / "t.csv", "--text-column", "body"), "no column 'text' among id, question"
+    refused("search", *index, *queries, parts=("q.csv", problem, "--text-column"))
+    refused("search", *texts, *queries, parts=("q.csv", problem, "rename"))
+    own = ("--text-column", "question")
+    refused("search", *index, *queries, *own, parts=("q.csv, row 2", "empty", "--skip-bad"))
+    flags = ("--index", home / "ix", *queries, *own, "--skip-bad", "--json")
+    code, stdout, stderr = embed("search", *flags)
+    assert code == 0 and "1 skipped" in stderr, stderr
+    assert [bool(one["hits"]) for one in json.loads(stdout)["queries"]] == [True, False]
