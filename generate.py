@@ -28,6 +28,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from common import bundled, cli, terminal
+from common.columns import KeptColumns
 from common.errors import Interrupted, UserError, outcome
 from common.generation import generation_flags, output
 from common.generation.generation_flags import (
@@ -367,8 +368,11 @@ def score_continuations(args: argparse.Namespace) -> None:
     """Show or write how likely given continuations of prompts are, and which is the likeliest."""
     from common.generation import continuations
 
-    name = args.score_continuations
-    read = functools.cache(functools.partial(continuations.read_file, name, encoding=args.encoding))
+    name, options = (
+        args.score_continuations,
+        {"encoding": args.encoding, "kept": KeptColumns(args.id_column, args.keep_columns)},
+    )
+    read = functools.cache(functools.partial(continuations.read_file, name, **options))
     with output.open_file(args.output, resume=False) as file:
         run, _ = load_after(args, read, from_stdin=name == "-")
         questions, model = read(), run.language_model

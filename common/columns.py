@@ -78,6 +78,13 @@ class KeptColumns:
         others = [EVERY_COLUMN] if self.keep_columns == EVERY else possible_columns(self.keep_columns)
         return [*ids, *others]
 
+    def flags(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Return the flags by what they name: one column, and perhaps several."""
+        wanted = {} if self.id_column is None else {self.id_column: "--id-column"}
+        if self.keep_columns in (None, EVERY):
+            return wanted, {}
+        return wanted, {self.keep_columns: "--keep-columns"}
+
     def among(self, names: Iterable[str], *, others: Collection[str], source: str) -> list[str]:
         """Return which of the columns (`names`) of a source stay; of all, those that are not `others`.
         Raises UserError for one that is not there.

@@ -8,16 +8,18 @@ end of one and the beginning of the other.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from common import plain_files, reading, terminal
+from common.columns import KeptColumns, names_beside
 from common.errors import UserError, shorten
 from common.generation import decoding
 from common.generation.language_model import LanguageModel, check_characters, check_length
 from common.generation.messages import as_conversation
+from common.generation.prompts import json_value
 from common.generation.scoring import start_token
 
 if TYPE_CHECKING:
@@ -25,16 +27,22 @@ if TYPE_CHECKING:
 
 MOST_LOGITS = 1 << 27  # numbers of a batch's logits: 512 MB
 SHOWN = 60  # characters of a text in a table
+NOTHING_KEPT = KeptColumns()
+READ_FIELDS = ("prompt", "choices", "answer")
+OWN_FIELDS = ("prompt_number", "likeliest", *READ_FIELDS)  # in each line of the output
 ADVICE = 'write {"prompt": "...", "choices": ["...", "..."], "answer": 0}; answer may be left out'
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, texts that may follow it, and the number of the right one, from 0, if known."""
+    """A prompt, texts that may follow it, the number of the right one, from 0, if known, and what
+    stays beside them.
+    """
 
     prompt: str
     choices: list[str]
     answer: int | None
+    cells: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,30 +87,43 @@ MEASURES = {
 }
 
 
-def read_file(name: str, *, encoding: str | None) -> list[Question]:
+def read_file(name: str, *, encoding: str | None, kept: KeptColumns = NOTHING_KEPT) -> list[Question]:
     """Return the questions of a file, or of standard input ("-"); it raises as `read_questions`."""
     lines = reading.read_lines(name, encoding=encoding)
-    return read_questions(lines, plain_files.source_name(name))
+    return read_questions(lines, plain_files.source_name(name), kept)
 
 
-def read_questions(lines: list[str], source: str) -> list[Question]:
-    """Return the questions of a JSONL file. Raises UserError, naming the line, for what is none."""
-    named = ((line, f"{source}, line {number}") for number, line in enumerate(lines, start=1))
-    questions = [_read_question(line, place) for line, place in named]
+def read_questions(lines: list[str], source: str, kept: KeptColumns = NOTHING_KEPT) -> list[Question]:
+    """Return the questions of a JSONL file, with the columns that are `kept` beside them.
+    Raises UserError, naming the line, for what is no question, and for a column that is not there.
+    """
+    named = [(line, f"{source}, line {number}") for number, line in enumerate(lines, start=1)]
+    rows = [_read_row(line, place) for line, place in named]
+    questions = [_read_question(row, place) for row, (_, place) in zip(rows, named)]
     if len({question.answer is None for question in questions}) > 1:
         number = next(n for n, question in enumerate(questions, 1) if question.answer is None)
         problem = "no answer, and other lines have one"
         raise UserError(f"{source}, line {number}: {problem}; give all or none")
-    return questions
+    names = dict.fromkeys(key for row in rows for key in row)
+    found = kept.among(names, others=READ_FIELDS, source=source)
+    columns = list(zip(names_beside(found, OWN_FIELDS), found))
+    return [
+        replace(question, cells={name: json_value(row.get(key)) for name, key in columns})
+        for question, row in zip(questions, rows)
+    ]
 
 
-def _read_question(line: str, place: str) -> Question:
+def _read_row(line: str, place: str) -> dict:
     try:
         row: Any = json.loads(line)
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise UserError(f"{place}: no JSON object with a prompt; {ADVICE}")
+    return row
+
+
+def _read_question(row: dict, place: str) -> Question:
     choices = row.get("choices")
     are_texts = isinstance(choices, list) and all(isinstance(text, str) for text in choices)
     if not choices or not are_texts:
@@ -236,6 +257,7 @@ def line(number: int, question: Question, choices: list[Scored]) -> dict:
         "choices": scores,
         "likeliest": {name.replace(" ", "_"): likeliest(choices, name) for name in MEASURES},
         "answer": question.answer,
+        **question.cells,
     }
 
 

@@ -164,7 +164,7 @@ def add_output_flags(parser: cli.Parser) -> None:
     help_text = "write one JSON line per text instead of showing it"
     add("--output", metavar="FILE", type=cli.path, help=help_text)
     add("--resume", action="store_true", help="continue after the texts in the output file")
-    add_kept_flags(group, needs="--output", beside="the texts of a data file's prompts")
+    add_kept_flags(group, needs="--output", beside="the texts of a data file's prompts, or scores")
     help_text = "with --output: log-probabilities of each token and of the K most likely ones"
     add("--logprobs", type=non_negative_int, metavar="K", help=help_text)
     help_text = "ROUGE of the texts against these references: one per line, or a data file"
@@ -395,9 +395,11 @@ def check_files(args: argparse.Namespace) -> None:
     ):
         if name is not None:
             reading.check_columns(name, {column: flag}, options=options)
-    for name in (args.perplexity, args.score_continuations):
-        if name is not None:
-            reading.check_columns(name, {}, options=options)
+    wanted, several = KeptColumns(args.id_column, args.keep_columns).flags()
+    if args.perplexity is not None:
+        reading.check_columns(args.perplexity, {}, options=options)
+    if args.score_continuations is not None:
+        reading.check_columns(args.score_continuations, wanted, several=several, options=options)
 
 
 def prompt_config(args: argparse.Namespace) -> PromptConfig:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from common import plain_files, reading, sources
 from common.cli import json_line
-from common.columns import EVERY, ROW, KeptColumns, names_beside, require_column
+from common.columns import ROW, KeptColumns, names_beside, require_column
 from common.errors import Fault, UserError, outcome
 from common.generation.messages import Message, check_messages
 from common.generation.output import OWN_FIELDS
@@ -82,11 +82,8 @@ def read_prompts(name: str, config: PromptConfig) -> list[GivenPrompt]:
 def check_columns(name: str, config: PromptConfig) -> None:
     """Raise UserError for a file that is no text or a column that it lacks, as its beginning shows."""
     flag = "--text-column" if config.template is None else FLAG
-    kept, wanted, several = config.kept, dict.fromkeys(config.columns, flag), {}
-    if kept.id_column is not None:
-        wanted.setdefault(kept.id_column, "--id-column")
-    if kept.keep_columns not in (None, EVERY):
-        several[kept.keep_columns] = "--keep-columns"
+    kept, several = config.kept.flags()
+    wanted = kept | dict.fromkeys(config.columns, flag)
     with reading.open_if_plain(name, config.options) as file:
         if file is not None and not _holds_conversations(file, name, config):
             reading.check_header(file, name, wanted, several=several, options=config.options)
@@ -133,7 +130,7 @@ def _read_table(file: BinaryIO, source: str, config: PromptConfig) -> list[Given
             number,
             GivenPrompt(
                 outcome(_prompt_of_row, row, config, f"{source}, row {number}"),
-                {name: _json_value(row[column]) for name, column in zip(beside, kept)},
+                {name: json_value(row[column]) for name, column in zip(beside, kept)},
             ),
         )
         for number, row in _rows(rows, [*config.columns, *kept], source)
@@ -194,7 +191,7 @@ def _text(cell: Any, column: str, place: str) -> str:
     return text
 
 
-def _json_value(cell: Any) -> Any:
+def json_value(cell: Any) -> Any:
     """Return a cell as it comes back from a line of JSON, which is compared with --resume."""
     return json.loads(json_line(cell))
 
@@ -257,7 +254,7 @@ def _read_json(file: BinaryIO, source: str, config: PromptConfig) -> list[GivenP
         if isinstance(row, UserError):
             prompts.append(GivenPrompt(row, dict.fromkeys(beside)))
             continue
-        cells = {name: _json_value(row.get(key)) for name, key in zip(beside, kept)}
+        cells = {name: json_value(row.get(key)) for name, key in zip(beside, kept)}
         prompts.append(GivenPrompt(outcome(_prompt_of_object, row, place), cells))
     return prompts
 

@@ -166,6 +166,29 @@ def test_a_token_across_the_border_counts_as_the_continuations(folder):
         assert ours[0].logprob == pytest.approx(theirs[0].logprob, rel=1e-5)
 
 
+def test_columns_stay_beside_the_scores(script, tmp_path):
+    rows = [
+        {"id": "q1", "prompt": "The", "choices": [" fox"], "likeliest": "fox"},
+        {"id": "q2", "prompt": "The", "choices": [" dog"], "n": 2},
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for flags, names in (
+        (["--id-column", "id", "--keep-columns", "all"], {"id", "n", "given_likeliest"}),
+        (["--id-column", "id"], {"id"}),
+        ([], set()),
+    ):
+        out = tmp_path / f"{len(flags)}.jsonl"
+        code, _, stderr = script("--score-continuations", tmp_path / "q.jsonl", "--output", out, *flags)
+        assert code == 0, stderr
+        found = [json.loads(line) for line in out.read_text().splitlines()]
+        own = {"prompt_number", "prompt", "choices", "likeliest", "answer"}
+        assert [set(line) - own for line in found] == [names] * 2
+        assert [line.get("id", "") for line in found] == ["q1" * bool(names), "q2" * bool(names)]
+    flags = ("--output", tmp_path / "new.jsonl", "--id-column", "no")
+    code, _, stderr = script("--score-continuations", tmp_path / "q.jsonl", *flags)
+    assert code == 2 and "no column 'no' among id, prompt, choices" in stderr
+
+
 MISTAKES = {
     "no JSON": ("prompt", ("line 2", '"prompt"')),
     "no prompt": ('{"choices": ["a"]}', ("line 2", "prompt")),
