@@ -15,11 +15,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from common import bundled, dialects, hub, json_objects, sources
 from common.columns import named_columns, possible_columns, require_column
-from common.errors import Fault, UserError, first_repeated, note, shorten
+from common.errors import Fault, UserError, first_repeated, note, outcome, shorten
 from common.plain_files import (
     SAMPLE,
     DataFile,
@@ -42,6 +42,7 @@ UNLABELLED = ("unsup", "unlabeled", "unlabelled")  # no class: IMDb's texts with
 TEXT_KINDS = ("string", "large_string")
 READ_AT_ONCE = 8 << 20  # bytes of JSON that are looked at before the libraries are loaded
 LONGEST_TEXT = 10_000_000  # characters; more is no text but a file in a single line
+T = TypeVar("T")
 AS_FOUND = FileOptions()  # nothing but what name and content of a file show
 
 
@@ -143,6 +144,19 @@ def read_table(
     if len(rows) == 0:
         raise UserError(f"{name}: the file has no rows; name one that has rows")
     return _with_fields(rows, as_text)
+
+
+def or_advise_to_skip(read: Callable[..., T], faults: list[Fault] | None) -> T:
+    """Return what `read` makes of a file with these `faults`, as `read_table` takes them. Where it fails
+    because of rows that it would leave out with a list of faults, the error names --skip-bad.
+    """
+    try:
+        return read(faults=faults)
+    except UserError as error:
+        left_out: list[Fault] = []
+        if faults is not None or isinstance(outcome(read, faults=left_out), UserError) or not left_out:
+            raise
+        raise UserError(f"{error}, or leave such rows out with --skip-bad") from error
 
 
 def _read_rows(data: DataFile) -> pa.Table:

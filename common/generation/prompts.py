@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -113,10 +114,8 @@ def _read_lines(file: BinaryIO, source: str, config: PromptConfig) -> list[Given
 def _read_table(file: BinaryIO, source: str, config: PromptConfig) -> list[GivenPrompt]:
     """Return a prompt for each row, those that could not be read among the others."""
     faults: list[Fault] | None = [] if config.skip_bad else None
-    options, cache_dir = config.options, config.cache_dir
-    rows = reading.read_table(
-        file, source, as_text=config.as_text, options=options, cache_dir=cache_dir, faults=faults
-    )
+    given = {"as_text": config.as_text, "options": config.options, "cache_dir": config.cache_dir}
+    rows = reading.or_advise_to_skip(functools.partial(reading.read_table, file, source, **given), faults)
     for column in config.columns:
         flag = "--text-column" if config.template is None else FLAG
         require_column(rows.column_names, column, source=source, flag=flag)

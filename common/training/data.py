@@ -12,15 +12,16 @@ them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from common import reading
+from common import reading, sources
 from common.columns import ROW, named_columns, possible_columns, require_column
 from common.errors import Fault, UserError, counted, listed, quoted
 from common.runtime import Runtime
@@ -59,6 +60,8 @@ from common.training.task import DESCRIPTIONS, Task, task_of_rows
 
 if TYPE_CHECKING:
     import datasets
+
+T = TypeVar("T")
 
 
 # the names that public data sets use, in the order in which they are tried
@@ -382,31 +385,33 @@ def _rare_words(found: list[str], merged: str | None, when: str) -> str:
 
 
 def _read_source(config: DataConfig, faults: list[Fault] | None) -> datasets.DatasetDict:
-    return reading.read(
+    read = functools.partial(
+        reading.read,
         config.dataset,
         as_text=config.columns,
         options=config.files,
         config=config.dataset_config,
         revision=config.dataset_revision,
         cache_dir=config.cache_dir,
-        faults=faults,
     )
+    return _read_named(config.dataset, read, faults)
 
 
 def _read_split_files(config: DataConfig, faults: list[Fault] | None) -> Splits:
     """Return the splits that have a file of their own."""
     files = {"validation": config.validation_file, "test": config.test_file}
-    return {
-        split: reading.read_file(
-            Path(file),
-            as_text=config.columns,
-            options=config.files,
-            cache_dir=config.cache_dir,
-            faults=faults,
-        )
-        for split, file in files.items()
-        if file is not None
-    }
+    options = {"as_text": config.columns, "options": config.files, "cache_dir": config.cache_dir}
+    splits = {}
+    for split, file in files.items():
+        if file is not None:
+            read = functools.partial(reading.read_file, Path(file), **options)
+            splits[split] = _read_named(file, read, faults)
+    return splits
+
+
+def _read_named(name: str, read: Callable[..., T], faults: list[Fault] | None) -> T:
+    is_local = sources.kind_of_path(name) in ("file", "folder")  # what else there is, is read only once
+    return reading.or_advise_to_skip(read, faults) if is_local else read(faults=faults)
 
 
 def choose_splits(source: datasets.DatasetDict, wanted: dict[str, str | None]) -> Splits:

@@ -5,6 +5,7 @@ memory does not grow with their number.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator
@@ -82,9 +83,9 @@ class Texts:
         holds no texts.
         """
         as_text = [*possible_columns(self.config.text_column), *kept.as_text]
-        rows = reading.read_table(
-            self.file, self.source, as_text=as_text, options=options, cache_dir=cache_dir, faults=self.faults
-        )
+        given = {"as_text": as_text, "options": options, "cache_dir": cache_dir}
+        read = functools.partial(reading.read_table, self.file, self.source, **given)
+        rows = reading.or_advise_to_skip(read, self.faults)
         names = rows.column_names
         columns = self.columns = self.config.among(names).columns
         for column in columns:

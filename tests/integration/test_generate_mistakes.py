@@ -400,6 +400,18 @@ FILES = {  # name: (file's name, content, more flags, what the line must hold)
         [],
         ("prompts.jsonl", "no column 'text'", "question", "--text-column"),
     ),
+    "a surplus cell": (
+        "prompts.csv",
+        "id,text\n1,one,extra\n2,two\n",
+        [],
+        ("prompts.csv, line 2", "3 cells", "quotation marks, or leave such rows out with --skip-bad"),
+    ),
+    "a surplus cell in each row": (
+        "prompts.csv",
+        "id,text\n1,one,extra\n",
+        [],
+        ("prompts.csv, line 2", "into quotation marks\n"),
+    ),
     "an empty cell": ("prompts.csv", 'text\none\n""\n', [], ("prompts.csv, row 2", "empty", "fill it in")),
     "too long a line": (
         "prompts.txt",

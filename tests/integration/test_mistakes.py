@@ -305,7 +305,7 @@ FOLDERS = {  # name: (files, what the line must hold)
     ),
     "a broken file among good ones": (
         {"train.csv": GOOD, "test.csv": "text,label\na,pos\nb,c,d\n"},
-        ("test.csv, line 3", "3 cells"),
+        ("test.csv, line 3", "3 cells", "--skip-bad"),
     ),
     "an empty file among good ones": (
         {"train.csv": GOOD, "test.csv": ""},
