@@ -475,15 +475,18 @@ def _exit_at_signal(number: int, _: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
-def json_line(value: object) -> str:
-    """Return a value's JSON on one line; what stdout's encoding does not have is escaped, and NaN
-    and infinity, which JSON lacks, are null.
-    """
+def json_text(value: object) -> str:
+    """Return a value's JSON on one line; NaN and infinity, which JSON lacks, are null."""
     try:
-        text = json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+        return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
     except ValueError:
         value = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
-        text = json.dumps(value, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False)
+
+
+def json_line(value: object) -> str:
+    """Return what `json_text` returns; what stdout's encoding does not have is escaped."""
+    text = json_text(value)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeError:

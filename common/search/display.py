@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from common import sources
+from common.cli import json_text
 from common.columns import unused_name
 from common.errors import UserError, printable, shorten
 from common.files import check_new, named_in_errors, only_writer
@@ -489,7 +489,7 @@ def show_dedupe(
     """Say how many texts were kept, and where they are."""
     gone, num_groups = len(selection) - count, len(groups.lists())
     screen.say(f"kept     {count:,} of {len(selection):,} texts in {path}")
-    why = f"a cosine of at least {threshold} joins them to the one kept of their group"
+    why = f"cosines of at least {threshold}, or a chain of such, join each to the one kept of its group"
     screen.say(f"left out {gone:,} texts of {num_groups:,} groups: {why}")
     screen.document({"kept": count, "left_out": gone, "groups": num_groups, "file": path})
 
@@ -535,8 +535,7 @@ def _write_blocks(path: Path, kind: str, schema: pa.Schema, blocks: Iterator[lis
             if table:
                 table.writerows(rows)
             else:
-                encoded = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
-                file.writelines(f"{line}\n" for line in encoded)
+                file.writelines(f"{json_text(row)}\n" for row in rows)
 
 
 def save_vectors(vectors: np.ndarray, path: str, screen: Screen) -> None:

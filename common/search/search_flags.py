@@ -186,7 +186,8 @@ def add_duplicates_flags(command: cli.Parser) -> None:
 def add_dedupe_flags(command: cli.Parser) -> None:
     add_source_flags(command)
     flag = command.add_argument
-    flag("--threshold", type=cosine, default=0.9, help="the lowest cosine of texts that are the same")
+    joins = "the lowest cosine that joins two texts; chains of such pairs join whole groups"
+    flag("--threshold", type=cosine, default=0.9, help=joins)
     rules = "which of a group is kept: the first or last row, or the longest text"
     flag("--keep", choices=["first", "last", "longest"], default="first", help=rules)
     kinds = "where what is kept is written: .jsonl, .csv or .parquet"

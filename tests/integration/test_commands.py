@@ -159,6 +159,15 @@ def test_dedupe_calls_texts_that_no_column_had_as_it_is_told(ok, tmp_path):
         assert list(csv.reader(file)) == [["good, text"], ["the film was good"]]
 
 
+def test_dedupe_says_that_chains_join_and_writes_json_without_infinity(ok, tmp_path):
+    table = pa.table({"text": ["a grim story", "a grim story", "good film ü"], "n": [np.inf, 1.0, np.nan]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    said = ok("dedupe", tmp_path / "t.parquet", "--threshold", 0.9999, "--output", tmp_path / "out.jsonl")
+    assert "left out 1 texts of 1 groups: cosines of at least 0.9999, or a chain of such, join each" in said
+    lines = (tmp_path / "out.jsonl").read_text("utf-8").splitlines()
+    assert lines == ['{"text": "a grim story", "n": null}', '{"text": "good film ü", "n": null}']
+
+
 def test_dates_of_one_file_meet_texts_of_another(ok, tmp_path):
     days = pa.table({"text": ["one cat"], "day": [datetime.datetime(2024, 1, 1)]})
     pq.write_table(days, tmp_path / "a.parquet")
