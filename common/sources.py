@@ -109,13 +109,16 @@ def _downloaded(
         parts = model_files.parts_without_weights(folder, f"{flag} {name}")
         return [f"{part}{file}" for part in parts for file in model_files.PICKLED_FILES]
 
+    # the Hub may be what can't be reached
+    bundled_names = f" or {bundled.names(kind)}" if kind in bundled.MODELS.values() else f" of a {kind}"
+    others = f"a local folder{bundled_names}"
     folder = hub.download(
         name,
         FILES_READ,
         pickled_only,
         flag=flag,
         what="a model",
-        others=f"a local folder or {bundled.names(kind)}",
+        others=others,
         cache_dir=cache_dir,
         revision=revision,
     )

@@ -461,7 +461,7 @@ def load_reranker(name: str | None, runtime: Runtime, *, cache_dir: str | None) 
     from common import models
 
     folder = sources.find_folder(
-        name, kind="encoder", flag="--rerank", cache_dir=cache_dir, organization="cross-encoder"
+        name, kind="cross-encoder", flag="--rerank", cache_dir=cache_dir, organization="cross-encoder"
     )
     model = models.load_sentence_model(CrossEncoder, folder, name=name, flag="--rerank")
     model = model.to(runtime.device)

@@ -106,7 +106,7 @@ MILVUS_NAME = re.compile(rf"{MILVUS}(?P<uri>.+)/(?P<collection>[A-Za-z_][A-Za-z0
 
 @dataclass(frozen=True)
 class Target:
-    """A collection in Milvus: on a server, or in a file of Milvus Lite for one process."""
+    """A collection in Milvus: on a server, or in a folder of Milvus Lite for one process."""
 
     name: str  # as on the command line
     uri: str
@@ -114,7 +114,7 @@ class Target:
 
     @property
     def is_file(self) -> bool:
-        """Whether it is a file of Milvus Lite."""
+        """Whether it is a folder of Milvus Lite, which calls it a file."""
         return "://" not in self.uri
 
 
@@ -122,11 +122,11 @@ def parse_target(name: str) -> Target:
     """Return the collection that a name stands for. Raises UserError for one that is none."""
     found = MILVUS_NAME.fullmatch(name)
     if not found:
-        example = f"{MILVUS}http://localhost:19530/news or {MILVUS}file.db/news"
+        example = f"{MILVUS}http://localhost:19530/news or {MILVUS}folder.db/news"
         raise UserError(f"--index {name}: write {MILVUS}URI/COLLECTION, such as {example}")
     target = Target(name, found["uri"], found["collection"])
     if target.is_file and not target.uri.endswith(".db"):
-        problem = "a file of Milvus Lite ends with .db, and a server is http://..."
+        problem = "a folder of Milvus Lite ends with .db, and a server is http://..."
         raise UserError(f"--index {name}: {problem}")
     return target
 

@@ -1,5 +1,5 @@
 """A collection in Milvus in the place of an index on this machine: `--index milvus:URI/COLLECTION`,
-or `milvus:file.db/COLLECTION` for Milvus Lite, which is embedded.
+or `milvus:folder.db/COLLECTION` for Milvus Lite, which is embedded.
 
 A row's key is the hash of its document's id and the number of its chunk, so that writing a row
 twice changes nothing and a killed run goes on. The first chunk of a document, which carries the

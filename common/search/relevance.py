@@ -288,6 +288,10 @@ def sts_cosines(
     except (TypeError, ValueError) as error:
         problem = f"column {columns[2]!r} does not hold numbers"
         advice = "name two texts and a score with --sts-columns"
+        cells = [str(cell) for cell in rows[columns[2]][:] if cell is not None]
+        if all(re.fullmatch(r"\s*[-+]?(\d+,?\d*|,\d+)\s*", cell) for cell in cells):
+            problem = f"{problem} with a point before the decimals"
+            advice = "read a comma there with --decimal ,"
         raise UserError(f"{file}: {problem}; {advice}") from error
     if not np.isfinite(human).all():
         row = int(np.flatnonzero(~np.isfinite(human))[0]) + 1

@@ -40,6 +40,7 @@ from common.search.words import AUTO, LANGUAGES
 # what the processes of torchrun do together, and what a collection in Milvus can do
 SHARED = ("index", "sync", "search", "pairs", "duplicates", "dedupe", "cluster", "evaluate")
 MILVUS_COMMANDS = ("index", "delete", "list", "search", "evaluate", "export")
+OF_FOLDERS = ("sync", "show", "compact", "verify")  # the commands that need no vectors of other rows
 # what has no part in some cases: where no TEXTS are read, where sentence pairs are scored, in Milvus
 OF_TEXTS = ("id_column", "text_column", "columns", "delimiter", "quoting", "decimal")
 OF_DOCUMENTS = ("queries", "qrels", "texts", "index", "id_column", "text_column", "skip_bad", "query_prompt")
@@ -332,9 +333,16 @@ def check_milvus(args: argparse.Namespace) -> None:
     """Check the flags of a command over a collection in Milvus."""
     target = parse_target(args.index)
     if args.command not in MILVUS_COMMANDS:
-        advice = f"export the rows into an index first; Milvus has {', '.join(MILVUS_COMMANDS)}"
-        problem = f"{args.command} needs the vectors on this machine"
+        advice = f"Milvus has {', '.join(MILVUS_COMMANDS)}"
+        problem = f"{args.command} is for indexes in folders"
+        if args.command not in OF_FOLDERS:
+            problem = f"{args.command} needs the vectors on this machine"
+            advice = f"export the rows into an index first; {advice}"
         raise UserError(f"--index {args.index}: {problem}; {advice}")
+    if target.is_file and args.command != "index" and not os.path.exists(target.uri):
+        # the client would make it
+        command = f"embed_search.py index TEXTS --index {args.index}"
+        raise UserError(f"--index {args.index}: {target.uri} is not there; make it with: {command}")
     if importlib.util.find_spec("pymilvus") is None:
         raise UserError(f"--index {args.index}: this needs Milvus' client; run: {MILVUS_INSTALL}")
     problem = "the engine keeps vectors, words and its indexes in its own way"

@@ -18,7 +18,7 @@ import pytest
 
 from common.search import index
 from common.search.encoder import Encoder
-from conftest import make_sentences
+from conftest import make_sentences, write_lines
 from hub_server import HubServer
 
 GOOD = "id,text,label\n" + "".join(
@@ -468,7 +468,15 @@ FLAGS = {
     "unknown flag": (["compact", "--index", "HOME/ix", "--fast"], ("--fast", "--help")),
     "reranker without a model": (
         ["search", "--index", "HOME/ix", "x", "--rerank", "./nope"],
-        ("--rerank ./nope", "no such folder"),
+        ("--rerank ./nope", "no such folder", "of the Hub, such as cross-encoder/ms-marco"),
+    ),
+    "a bundled encoder as a reranker": (
+        ["search", "--index", "HOME/ix", "x", "--rerank", "bundled/all-MiniLM-L6-v2"],
+        ("no such bundled cross-encoder", "such as cross-encoder/ms-marco"),
+    ),
+    "a reranker without a network": (
+        ["search", "--index", "HOME/ix", "x", "--rerank", "nobody/nothing"],
+        ("--rerank nobody/nothing", "Hub can't be reached", "use a local folder of a cross-encoder\n"),
     ),
 }
 
@@ -597,6 +605,15 @@ def test_columns_that_differ_only_in_case(refused, home, embed, tmp_path):
 def test_scores_without_a_correlation(rows, part, refused, tmp_path):
     (tmp_path / "sts.csv").write_text("\n".join(["sentence1,sentence2,score", *rows.split()]) + "\n")
     refused("evaluate", "--sts", tmp_path / "sts.csv", parts=("sts.csv", part, "all equal"))
+
+
+def test_scores_with_a_comma_before_the_decimals(refused, embed, tmp_path):
+    rows = ["sentence1;sentence2;score", "good;fine;4,5", "bad;film;1", "bad;fine film;,5"]
+    path = write_lines(tmp_path / "sts.csv", rows)
+    refused("evaluate", "--sts", path, parts=("'score' does not hold numbers", "--decimal ,"))
+    assert embed("evaluate", "--sts", path, "--decimal", ",")[0] == 0
+    path.write_text(path.read_text().replace("4,5", "much"))
+    refused("evaluate", "--sts", path, parts=("'score' does not hold numbers;", "--sts-columns"))
 
 
 def test_a_name_that_the_hub_lacks(refused, tmp_path, monkeypatch):

@@ -259,13 +259,17 @@ def test_what_is_refused(ok, embed, tiny_model, stores, tmp_path):
     wrong = {
         ("search", "--index", "milvus:docs", "x"): "URI/COLLECTION",
         ("search", "--index", f"milvus:{tmp_path}/x/docs", "x"): ".db",
-        ("search", "--index", f"milvus:{tmp_path}/new.db/docs", "x"): "no such collection",
+        ("search", "--index", f"milvus:{tmp_path}/new.db/docs", "x"): "new.db is not there; make it with",
+        ("list", "--index", f"milvus:{tmp_path}/new.db/docs"): "new.db is not there; make it with",
+        ("search", "--index", f"{stores[1]}2", "x"): "no such collection",
         ("search", "--index", ix, "x", "--approximate"): "--approximate",
         ("index", more, "--index", ix, "--store", "int8"): "--store",
         ("evaluate", "--index", ix, "--sts", more): f"--index {ix}: --sts {more}",
         ("evaluate", "--index", ix, "--queries", more, "--qrels", more, "--texts", more): "or --index",
         ("evaluate", "--index", ix): "--queries and --qrels",
         ("pairs", "--index", ix): "pairs needs",
+        ("verify", "--index", ix): "verify is for indexes in folders; Milvus has",
+        ("sync", more, "--index", ix): "sync is for indexes in folders; Milvus has",
         ("index", more, "--index", ix): "'date'",
         ("index", more, "--index", ix, "--id-column", "date"): "--id-column",
         ("search", "--index", ix, "x", "--model", tiny_model): "fingerprint",
@@ -274,6 +278,7 @@ def test_what_is_refused(ok, embed, tiny_model, stores, tmp_path):
     for command, message in wrong.items():
         code, _, stderr = embed(*command)
         assert code == 2 and message in stderr and len(stderr.splitlines()) <= 2, (command, stderr)
+    assert not (tmp_path / "new.db").exists()
     (tmp_path / "locked.db").mkdir()
     with open(tmp_path / "locked.db" / "LOCK", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
