@@ -608,8 +608,8 @@ def test_scores_without_a_correlation(rows, part, refused, tmp_path):
 
 
 def test_scores_with_a_comma_before_the_decimals(refused, embed, tmp_path):
-    rows = ["sentence1;sentence2;score", "good;fine;4,5", "bad;film;1", "bad;fine film;,5"]
-    path = write_lines(tmp_path / "sts.csv", rows)
+    rows = ["sentence1 sentence2 score", "good fine 4,5", "bad film 1", "bad fine 2,5"]
+    path = write_lines(tmp_path / "sts.tsv", [row.replace(" ", "\t") for row in rows])
     refused("evaluate", "--sts", path, parts=("'score' does not hold numbers", "--decimal ,"))
     assert embed("evaluate", "--sts", path, "--decimal", ",")[0] == 0
     path.write_text(path.read_text().replace("4,5", "much"))
