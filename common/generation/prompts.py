@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -208,6 +209,8 @@ def _holds_conversations(file: BinaryIO, name: str, config: PromptConfig) -> boo
     if name != "-" and sources.suffix(name) not in sources.JSON_SUFFIXES:
         return False
     first, how = _first_object(file)
+    if config.text_column not in first:
+        _refuse_bare_messages(file, plain_files.source_name(name), first, how)
     is_prompt = not first.keys().isdisjoint(PROMPT_KEYS) or (how == "list" and _is_message(first))
     return is_prompt and config.text_column not in first
 
@@ -225,6 +228,26 @@ def _first_object(file: BinaryIO) -> tuple[dict, Literal["line", "list", "severa
     is_line = "\n" not in text[:end] and not text[end:].partition("\n")[0].strip()
     how = "list" if is_list else "line" if is_line else "several lines"
     return (first if isinstance(first, dict) else {}), how
+
+
+def _refuse_bare_messages(file: BinaryIO, source: str, first: dict, how: str) -> None:
+    """Raise UserError for messages on a line each, and for several lists of messages, as the beginning
+    of an open file shows.
+    """
+    if how != "list":
+        is_bare = _is_message(first)
+    else:
+        file.seek(0)
+        text = file.read(reading.LONGEST_TEXT).decode("utf-8-sig", "replace").lstrip()
+        file.seek(0)
+        is_bare = re.match(r"\[\s*\[\s*\{", text) is not None
+        with contextlib.suppress(ValueError, RecursionError):
+            if _is_message(first):
+                _, end = json.JSONDecoder().raw_decode(text)
+                is_bare = text[end:].strip() != ""
+    if is_bare:
+        form = '{"messages": [{"role": "user", "content": "..."}]}'
+        raise UserError(f"{source}: its messages are not in conversations; write each as {form} on a line")
 
 
 def _is_message(row: dict) -> bool:

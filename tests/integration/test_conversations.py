@@ -168,6 +168,23 @@ def test_conversations_are_read_however_json_is_written(name, rows, indent, scri
     assert read_json_lines(out[0]) == read_json_lines(out[1])
 
 
+@pytest.mark.parametrize(
+    "name, lines",
+    [
+        ("x.jsonl", [[ASK], [MORE]]),
+        ("x.json", [[[ASK], [ASK, SAID, MORE]]]),
+        ("x.jsonl", [ASK, SAID, MORE]),
+        ("x.json", [ASK]),
+    ],
+)
+def test_messages_in_other_forms_are_refused_with_the_one_that_is_read(name, lines, script, tmp_path):
+    write_lines(tmp_path / name, [json.dumps(line) for line in lines])
+    code, _, stderr = script("--chat", "--prompts-file", tmp_path / name)
+    form = 'its messages are not in conversations; write each as {"messages": [{'
+    assert code == 2 and f"{name}: {form}" in stderr
+    assert len(stderr.splitlines()) == 1
+
+
 def test_a_list_of_conversations_names_its_row(script, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps([{"messages": [ASK]}, {"messages": []}]))
     code, _, stderr = script("--chat", "--prompts-file", tmp_path / "x.json")
