@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 LARGEST_MATRIX = 5_000  # texts whose matrix of similarities is shown or written
 
 
-# what is compared or searched: rows of an index, or of one that is made for this command
+# What is compared or searched: rows of an index, or of one that is made for this command ----------
 
 
 @contextlib.contextmanager
@@ -124,7 +124,7 @@ def index_encoder(args: argparse.Namespace, runtime: Runtime, snapshot: Snapshot
     return load_index_encoder(encoder_config(args), runtime, args.index, snapshot.settings)
 
 
-# similarity: the cosine of every text with every other
+# similarity: the cosine of every text with every other --------------------------------------------
 
 
 def similarity(args: argparse.Namespace, screen: Screen) -> None:
@@ -165,7 +165,7 @@ def check_matrix(count: int) -> None:
         raise UserError(f"similarity: {problem}; use pairs, or index and search")
 
 
-# index: texts -> embeddings on disk, block by block
+# index: texts -> embeddings on disk, block by block -----------------------------------------------
 
 
 def index(args: argparse.Namespace, screen: Screen) -> None:
@@ -245,7 +245,7 @@ def sync(args: argparse.Namespace, screen: Screen) -> None:
     index(args, screen)
 
 
-# delete, compact, verify: an index over its life
+# delete, compact, verify: an index over its life --------------------------------------------------
 
 
 def delete(args: argparse.Namespace, screen: Screen) -> None:
@@ -287,7 +287,7 @@ def verify(args: argparse.Namespace, screen: Screen) -> None:
     display.show_index(screen, indexes.verify(args.index), verified=True)
 
 
-# list, show: what an index holds
+# list, show: what an index holds ------------------------------------------------------------------
 
 
 def list_texts(args: argparse.Namespace, screen: Screen) -> None:
@@ -311,7 +311,7 @@ def show(args: argparse.Namespace, screen: Screen) -> None:
     display.show_texts(screen, snapshot, rows, vector=args.vector)
 
 
-# export: an index -> files of other programs
+# export: an index -> files of other programs ------------------------------------------------------
 
 
 def export(args: argparse.Namespace, screen: Screen) -> None:
@@ -329,7 +329,7 @@ def export(args: argparse.Namespace, screen: Screen) -> None:
     display.write_export(screen, snapshot.parts(rows), len(rows), args.to)
 
 
-# search, like, serve: queries or liked texts -> hits, in a terminal or a browser
+# search, like, serve: queries or liked texts -> hits, in a terminal or a browser ------------------
 
 
 def search(args: argparse.Namespace, screen: Screen) -> None:
@@ -418,7 +418,7 @@ def serve(args: argparse.Namespace, screen: Screen) -> None:
     page.serve(page.ServedIndex(searcher, limits=limits_of(args), seed=args.seed), listener, screen)
 
 
-# pairs, duplicates, cluster: similar texts without a query
+# pairs, duplicates, cluster: similar texts without a query ----------------------------------------
 
 
 def pairs(args: argparse.Namespace, screen: Screen) -> None:
@@ -552,7 +552,7 @@ def keep_clusters(selection: Selection, labels: np.ndarray, args: argparse.Names
         store.set_column(args.column, selection.rows, labels + 1, others=made)  # 0: in no cluster
 
 
-# evaluate, compare-models: how good a search or a model is
+# evaluate, compare-models: how good a search or a model is ----------------------------------------
 
 
 def evaluate(args: argparse.Namespace, screen: Screen) -> None:
@@ -663,7 +663,7 @@ def score_model(
     return ModelScores(*own, speed, list(task.judgements), arrays)
 
 
-# project: an index for TensorBoard
+# project: an index for TensorBoard ----------------------------------------------------------------
 
 
 def project(args: argparse.Namespace, screen: Screen) -> None:

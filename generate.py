@@ -72,7 +72,7 @@ from common.generation.lookup import PromptLookup
 from common.generation.sampling import Constraint, Sampler, Settings
 from common.runtime import Runtime, explain_out_of_memory, free_memory_bytes, start_runtime, stop_runtime
 
-# --- From prompts to texts
+# From prompts to texts ----------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -133,7 +133,7 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
     yield rows[0].text[num_shown:]
 
 
-# --- Modes
+# Modes --------------------------------------------------------------------------------------------
 
 
 def generate_texts(args: argparse.Namespace) -> None:
@@ -400,7 +400,7 @@ def score_file(args: argparse.Namespace) -> None:
     scoring.show_rouge(texts, read_references(args, len(texts)) or [])
 
 
-# --- From flags to a run
+# From flags to a run ------------------------------------------------------------------------------
 
 
 def load(args: argparse.Namespace) -> tuple[Run, Runtime]:

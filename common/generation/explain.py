@@ -34,7 +34,7 @@ BLOCKS = " ▏▎▍▌▋▊▉█"
 COMPARED_TOP_K, COMPARED_TOP_P = 50, 0.92
 
 
-# --- --check: the same prompts through model.generate, compared token by token
+# --check: the same prompts through model.generate, compared token by token ------------------------
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class LibraryCheck:
         return True
 
 
-# --- --explain: what every filter does to the candidates for a token
+# --explain: what every filter does to the candidates for a token ----------------------------------
 
 
 @dataclass(frozen=True)
@@ -353,7 +353,7 @@ def bar(share: float) -> str:
     return ("█" * (eighths // 8) + partial).ljust(BAR_WIDTH)
 
 
-# --- --compare: greedy, top-k and top-p side by side
+# --compare: greedy, top-k and top-p side by side --------------------------------------------------
 
 
 def compared_settings(settings: Settings) -> dict[str, Settings]:

@@ -57,7 +57,7 @@ def check_library(library: ctypes.CDLL) -> None:
         raise NotSupported(f"the compiled step is wrong: a logit differs by {difference:.1g}")
 
 
-# --- What decoder.c reads, field by field
+# What decoder.c reads, field by field -------------------------------------------------------------
 
 
 class CMatrix(ctypes.Structure):
@@ -152,7 +152,7 @@ class Kernel:
             self.library.stop(self.pool)
 
 
-# --- The cache of keys and values
+# The cache of keys and values ---------------------------------------------------------------------
 
 
 class PreallocatedCache:
@@ -219,7 +219,7 @@ class PreallocatedCache:
             setattr(self, name, new)
 
 
-# --- The model
+# The model ----------------------------------------------------------------------------------------
 
 
 class CompiledModel:
@@ -368,7 +368,7 @@ def _rows_of(ids: Tensor, starts: Tensor, first: int) -> np.ndarray:
     return rows.reshape(4, -1)
 
 
-# --- The self-check
+# The self-check -----------------------------------------------------------------------------------
 
 
 @torch.inference_mode()

@@ -73,7 +73,7 @@ class Filter:
 Sampler = Callable[[Tensor, Tensor], Tensor]
 
 
-# --- Filters of the distribution, used only when sampling
+# Filters of the distribution, used only when sampling ---------------------------------------------
 
 
 def scale_by_temperature(logits: Tensor, temperature: float) -> Tensor:
@@ -175,7 +175,7 @@ def exclude_top_choices(logits: Tensor, threshold: float, active: Tensor) -> Ten
     return logits.masked_fill((probabilities > least) & active[:, None], -torch.inf)
 
 
-# --- Filters that depend on the tokens so far, used when sampling and in greedy decoding
+# Filters that depend on the tokens so far, used when sampling and in greedy decoding --------------
 
 
 def add_bias(logits: Tensor, bias: tuple[tuple[int, float], ...]) -> Tensor:
@@ -251,7 +251,7 @@ def forbid_tokens(logits: Tensor, ids: tuple[int, ...]) -> Tensor:
     return logits.index_fill(-1, columns, -torch.inf)
 
 
-# --- Which filters the settings ask for
+# Which filters the settings ask for ---------------------------------------------------------------
 
 
 def history_filters(
@@ -359,7 +359,7 @@ def apply_filters(filters: list[Filter], logits: Tensor, ids: Tensor) -> Tensor:
     return logits
 
 
-# --- The draw
+# The draw -----------------------------------------------------------------------------------------
 
 
 def draw_exactly(probabilities: Tensor, generator: torch.Generator) -> Tensor:
@@ -409,7 +409,7 @@ def make_sampler(settings: Settings, *, prompt_length: int, starts: Tensor, seed
     return sample
 
 
-# --- Seeds
+# Seeds --------------------------------------------------------------------------------------------
 
 
 def batch_seed(seed: int, number: int) -> int:

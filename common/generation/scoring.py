@@ -22,7 +22,7 @@ COUNTED = re.compile("[a-z0-9]", re.IGNORECASE)  # rouge_score counts words of t
 SCORED_AT_ONCE = 256  # positions whose logits become fp32 at once: (256, 50k) are 50 MB
 
 
-# --- ROUGE
+# ROUGE --------------------------------------------------------------------------------------------
 
 
 def rouge(texts: list[str], references: list[str]) -> dict[str, float]:
@@ -81,7 +81,7 @@ def show_rouge(texts: list[str], references: list[str]) -> None:
         print(f"{name:<9} {value:.4f}")
 
 
-# --- Perplexity
+# Perplexity ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def convert(matrix: Matrix, dtype: torch.dtype) -> Matrix:
     return as_matrix(matrix.widen().to(dtype))
 
 
-# --- GGUF files
+# GGUF files ---------------------------------------------------------------------------------------
 
 GGUF_NAMES = {  # of a layer, and their names in transformers
     "attn_norm": "input_layernorm",
@@ -291,7 +291,7 @@ def _packed(weight: _Groups | Tensor) -> Matrix | Tensor:
     return weight
 
 
-# --- Folders of a config, a tokenizer and weights as they are stored
+# Folders of a config, a tokenizer and weights as they are stored ----------------------------------
 
 
 def find_gguf(source: Path) -> Path | None:

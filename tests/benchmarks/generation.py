@@ -163,7 +163,7 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-# --- The contenders: each takes prompts, and tells what it wrote and when
+# The contenders: each takes prompts, and tells what it wrote and when -----------------------------
 
 
 @dataclass(frozen=True)
@@ -377,7 +377,7 @@ class LlamaCpp:
         self.library.llama_free(self.context)
 
 
-# --- One contender, in a process of its own
+# One contender, in a process of its own -----------------------------------------------------------
 
 
 def batches_of(task: str, tokenizer: Callable[[str], dict]) -> list[list[list[int]]]:
@@ -443,7 +443,7 @@ def run_contender(name: str) -> dict:
     return environment.run_child(__file__, "--child", name, **environment.variables(is_ours=is_ours))
 
 
-# --- The rounds, and what they show
+# The rounds, and what they show -------------------------------------------------------------------
 
 
 def compare(flags) -> dict:
@@ -527,7 +527,7 @@ def show_equal(texts: dict[str, dict]) -> dict[str, int]:
     return found
 
 
-# --- Where the milliseconds of a step through the library's forward go
+# Where the milliseconds of a step through the library's forward go --------------------------------
 
 
 @torch.inference_mode()
@@ -613,7 +613,7 @@ def show_parts(parts: dict):
     print(tabulate(lines, ["precision, texts", *PARTS, "all"], floatfmt=".1f"), flush=True)
 
 
-# --- The command
+# The command --------------------------------------------------------------------------------------
 
 
 def choose_contenders(flags) -> list[str]:

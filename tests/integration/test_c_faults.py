@@ -61,7 +61,7 @@ NOT_COMPUTING = {
 Check = Callable[[Kernel], bool]
 
 
-# --- From the source to its statements
+# From the source to its statements ----------------------------------------------------------------
 
 
 def source_of(path: Path, defined: set[str]) -> str:
@@ -124,7 +124,7 @@ def statements_of(source: str, begin: int, end: int) -> Iterator[tuple[int, int]
             first = index + 1
 
 
-# --- From a statement to faults
+# From a statement to faults -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def chosen_faults(source: str, each: int | None) -> list[Fault]:
     return chosen
 
 
-# --- What is compared
+# What is compared ---------------------------------------------------------------------------------
 
 
 def is_near(found: Tensor, expected: Tensor, tolerance: Tensor | float) -> bool:
@@ -357,7 +357,7 @@ def all_checks() -> tuple[Check, ...]:
         return (*digit_checks(), *product_checks(), *step_checks())
 
 
-# --- Running
+# Running ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def relative_error(kernel: Kernel, matrix: Matrix, x: torch.Tensor, *, wide: boo
     return (error / (x.double().abs() @ weights.abs().T).clamp(min=1e-300)).max().item()
 
 
-# --- Products
+# Products -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 33, 64])
@@ -205,7 +205,7 @@ def test_any_number_of_threads_gives_the_same_bits(kind, kernel):
             assert torch.equal(multiply(other, matrix, x), expected)
 
 
-# --- Steps
+# Steps --------------------------------------------------------------------------------------------
 
 COMMON: dict[str, Any] = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 512}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
@@ -393,7 +393,7 @@ def test_a_cache_grows_and_shrinks_without_losing_anything(kernel):
     torch.testing.assert_close(logits, expected[50:51], rtol=1e-4, atol=1e-4)
 
 
-# --- Compiling
+# Compiling ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
