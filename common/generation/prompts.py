@@ -208,20 +208,28 @@ def _holds_conversations(file: BinaryIO, name: str, config: PromptConfig) -> boo
         return False
     if name != "-" and sources.suffix(name) not in sources.JSON_SUFFIXES:
         return False
-    first, how = _first_object(file)
+    head = _head(file)
+    first, how = _first_object(head)
     if config.text_column not in first:
-        _refuse_bare_messages(file, plain_files.source_name(name), first, how)
+        _refuse_bare_messages(head, plain_files.source_name(name), first, how)
     is_prompt = not first.keys().isdisjoint(PROMPT_KEYS) or (how == "list" and _is_message(first))
     return is_prompt and config.text_column not in first
 
 
-def _first_object(file: BinaryIO) -> tuple[dict, Literal["line", "list", "several lines"]]:
-    """Return the first object of a file of JSON, empty if it begins with none, and where it stands."""
+def _head(file: BinaryIO) -> str:
+    """Return the beginning of an open file, without white space before it."""
     file.seek(0)
-    text = file.read(reading.LONGEST_TEXT).decode("utf-8-sig", "replace").lstrip()
+    head = file.read(reading.LONGEST_TEXT).decode("utf-8-sig", "replace").lstrip()
     file.seek(0)
-    is_list = text.startswith("[")
-    text = text.removeprefix("[").lstrip()
+    return head
+
+
+def _first_object(head: str) -> tuple[dict, Literal["line", "list", "several lines"]]:
+    """Return the first object of a file of JSON by its beginning, empty if that is none, and where it
+    stands.
+    """
+    is_list = head.startswith("[")
+    text = head.removeprefix("[").lstrip()
     first, end = None, 0
     with contextlib.suppress(ValueError, RecursionError):
         first, end = json.JSONDecoder().raw_decode(text)
@@ -230,21 +238,18 @@ def _first_object(file: BinaryIO) -> tuple[dict, Literal["line", "list", "severa
     return (first if isinstance(first, dict) else {}), how
 
 
-def _refuse_bare_messages(file: BinaryIO, source: str, first: dict, how: str) -> None:
+def _refuse_bare_messages(head: str, source: str, first: dict, how: str) -> None:
     """Raise UserError for messages on a line each, and for several lists of messages, as the beginning
-    of an open file shows.
+    of a file shows.
     """
     if how != "list":
         is_bare = _is_message(first)
     else:
-        file.seek(0)
-        text = file.read(reading.LONGEST_TEXT).decode("utf-8-sig", "replace").lstrip()
-        file.seek(0)
-        is_bare = re.match(r"\[\s*\[\s*\{", text) is not None
+        is_bare = re.match(r"\[\s*\[\s*\{", head) is not None
         with contextlib.suppress(ValueError, RecursionError):
             if _is_message(first):
-                _, end = json.JSONDecoder().raw_decode(text)
-                is_bare = text[end:].strip() != ""
+                _, end = json.JSONDecoder().raw_decode(head)
+                is_bare = head[end:].strip() != ""
     if is_bare:
         form = '{"messages": [{"role": "user", "content": "..."}]}'
         raise UserError(f"{source}: its messages are not in conversations; write each as {form} on a line")
@@ -258,7 +263,7 @@ def _read_json(file: BinaryIO, source: str, config: PromptConfig) -> list[GivenP
     """Return a prompt for each object: of a line alone what is wrong with it, if it can't be used. A
     list of messages is one conversation.
     """
-    first, how = _first_object(file)
+    first, how = _first_object(_head(file))
     if how == "line":
         lines = enumerate(reading.raw_lines(file), start=1)
         numbered = [(line, f"{source}, line {number}") for number, line in lines if line.strip()]

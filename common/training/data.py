@@ -272,7 +272,7 @@ def load_rows_for_scoring(
     # the split that is scored, or that the test split is cut from: no other has a part in it
     split = "test" if "test" in splits else "train"
     splits = {split: splits[split]}
-    names = next(iter(splits.values())).column_names
+    names = splits[split].column_names
     texts, labels = config.texts.among(names), config.labels.among(names)
     if labels.label_separator is None and len(labels.columns) == 1:  # several columns have none
         labels = dataclasses.replace(labels, label_separator=trained.label_separator)
@@ -293,19 +293,8 @@ def load_rows_for_scoring(
     when = ""
     was_cut = trained.cut is None or "test" in trained.cut  # None: a model that does not tell
     if split == "train" and was_cut and name_sha256(config.dataset) == trained.dataset_sha256:
-        seed, flag = trained.split_seed, "--split-seed"
-        if seed is None:
-            seed, flag = trained.seed, "--seed"
-        if seed != config.seed:
-            problem = f"the model was trained with {flag} {seed}, which cuts a different test split"
-            raise UserError(f"{flag} {config.seed}: {problem}; use that seed")
-        splits, _ = cut_missing_splits(splits, seed=config.seed, missing=to_cut)
+        splits["test"] = _cut_again(splits, config, trained, to_cut)
         split, when = "test", ", before the test split was cut"
-        if trained.test_sha256 not in (None, texts_sha256(splits["test"])):
-            problem = "the test split that is cut from it now is not the one of the training, so that texts"
-            problem += " of the training would be scored: the data or the flags have changed since"
-            advice = "give the file and the flags of the training, or texts that the model has not seen"
-            raise UserError(f"--dataset {config.dataset}: {problem}; {advice}")
     size = config.max_eval_samples
     rows = sample(splits[split], size, seed=config.seed, flag="--max-eval-samples")
     name = config.test_file or config.dataset
@@ -317,6 +306,27 @@ def load_rows_for_scoring(
     if split == "train":
         runtime.say("         the model may have been trained on some of them, which would raise its scores")
     return rows
+
+
+def _cut_again(
+    splits: Splits, config: DataConfig, trained: SavedSettings, missing: Sequence[str]
+) -> datasets.Dataset:
+    """Return the test split that the training of a model cut, with the others that were `missing`, from
+    the training split. Raises UserError where it would be another one.
+    """
+    seed, flag = trained.split_seed, "--split-seed"
+    if seed is None:
+        seed, flag = trained.seed, "--seed"
+    if seed != config.seed:
+        problem = f"the model was trained with {flag} {seed}, which cuts a different test split"
+        raise UserError(f"{flag} {config.seed}: {problem}; use that seed")
+    splits, _ = cut_missing_splits(splits, seed=config.seed, missing=missing)
+    if trained.test_sha256 not in (None, texts_sha256(splits["test"])):
+        problem = "the test split that is cut from it now is not the one of the training, so that texts"
+        problem += " of the training would be scored: the data or the flags have changed since"
+        advice = "give the file and the flags of the training, or texts that the model has not seen"
+        raise UserError(f"--dataset {config.dataset}: {problem}; {advice}")
+    return splits["test"]
 
 
 def _rare_classes(

@@ -55,17 +55,9 @@ OF_TRAINING = (
     *("max_minutes", "keep", "keep_after", "max_train_samples"),
 )
 OF_LABELS = (
-    *(
-        "dataset",
-        "validation_file",
-        "test_file",
-        "dataset_revision",
-        "dataset_config",
-        "label_column",
-        "task",
-    ),
-    *("label_separator", "clean_labels", "train_split", "validation_split", "test_split", "split_seed"),
-    *("drop_rare", "merge_rare", "max_eval_samples", "positive_class"),
+    *("dataset", "validation_file", "test_file", "dataset_revision", "dataset_config", "label_column"),
+    *("task", "label_separator", "clean_labels", "train_split", "validation_split", "test_split"),
+    *("split_seed", "drop_rare", "merge_rare", "max_eval_samples", "positive_class"),
 )
 NOT_SETTINGS = (*INSTEAD, *OF_PREDICTIONS, "resume", "resume_or_start", "seeds", "grid", "debug")
 
