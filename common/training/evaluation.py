@@ -18,7 +18,7 @@ from common.training import batching
 from common.training.checkpoint import StopSignals
 from common.training.classifier import AnyModel, task_of_model
 from common.training.run import LOWER_IS_BETTER, MULTI, REGRESSION
-from common.training.task import Scoring, Task, task_of_rows
+from common.training.task import EXACT, Scoring, Task, task_of_rows
 from common.training.tokenization import TokenConfig, encode
 from common.training.tracking import progress
 
@@ -161,14 +161,14 @@ def answer(task: Task, scores: list[float], scoring: Scoring) -> dict:
     with its `confidence`, those `labels` whose probability reaches its threshold, or the only number
     as `prediction`.
     """
-    rounded = dict(zip(task.names, (round(score, 6) for score in scores)))
+    written = dict(zip(task.names, (float(format(score, EXACT)) for score in scores)))
     if task.kind == REGRESSION:
-        only = {"prediction": rounded[task.names[0]]} if len(scores) == 1 else {}
-        return {**only, "scores": rounded}
+        only = {"prediction": written[task.names[0]]} if len(scores) == 1 else {}
+        return {**only, "scores": written}
     if task.kind == MULTI:
         assert scoring.threshold != "auto"
         limits = np.broadcast_to(scoring.threshold, len(scores)).tolist()
         chosen = [name for name, score, limit in zip(task.names, scores, limits) if score >= limit]
-        return {"labels": chosen, "scores": rounded}
+        return {"labels": chosen, "scores": written}
     best = task.names[max(range(len(scores)), key=scores.__getitem__)]
-    return {"label": best, "confidence": rounded[best], "scores": rounded}
+    return {"label": best, "confidence": written[best], "scores": written}

@@ -25,7 +25,7 @@ from common.training.calibration import Bin, calibration_error, decisions, relia
 from common.training.data import Splits, texts_of
 from common.training.resampling import Answers, score_intervals
 from common.training.run import HEADLINES, MULTI, REGRESSION, SCORES, SINGLE
-from common.training.task import NOUNS, Task, task_of_rows
+from common.training.task import EXACT, NOUNS, Task, task_of_rows
 from common.training.tokenization import TokenConfig
 from common.training.tracking import Log
 
@@ -395,7 +395,7 @@ class Predictions:
         bar) or numbers, the scores, the text.
         """
         columns: dict[str, list] = {"row": self.rows["row"][:]}
-        scores = [[f"{score:.6f}" for score in column] for column in self.scores.T.tolist()]
+        scores = [[format(score, EXACT) for score in column] for column in self.scores.T.tolist()]
         if self.task.kind == REGRESSION:
             true = [[f"{value:.10g}" for value in column] for column in self.labels.T.tolist()]
             columns |= {f"true {name}": column for name, column in zip(self.names, true)}
@@ -404,7 +404,7 @@ class Predictions:
             columns["true"] = [self._in_words(label, "|") for label in self.labels]
             columns["predicted"] = [self._in_words(label, "|") for label in self.predicted]
             if self.task.kind == SINGLE:
-                columns["confidence"] = [f"{value:.6f}" for value in self.confidence.tolist()]
+                columns["confidence"] = [format(value, EXACT) for value in self.confidence.tolist()]
             columns |= {f"score {name}": column for name, column in zip(self.names, scores)}
         columns |= dict(zip(("text", "text_pair"), map(list, zip(*self.texts))))
         with open(path, "w", newline="", encoding="utf-8") as file:

@@ -30,6 +30,7 @@ DESCRIPTIONS: dict[Kind, str] = {
     MULTI: "any number of labels for each text",
     REGRESSION: "numbers for each text",
 }
+EXACT = ".9g"  # the format of a score in files: its digits tell any number in fp32 from all others
 # what an answer is called, and several
 NOUNS: dict[Kind, tuple[str, str]] = {
     SINGLE: ("class", "classes"),

@@ -3,15 +3,20 @@
 import argparse
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common.errors import UserError
 from common.runtime import Runtime
 from common.training import batching
 from common.training.batching import BatchConfig
-from common.training.evaluation import TextClassifier, is_better, predict_logits, predict_texts
+from common.training.evaluation import TextClassifier, answer, is_better, predict_logits, predict_texts
+from common.training.run import REGRESSION
+from common.training.task import Scoring, Task
 from common.training.tokenization import TokenConfig, tokenize
 from conftest import make_sentences
 
@@ -71,6 +76,12 @@ def test_predictions_come_in_the_order_of_the_texts(scored, monkeypatch):
     for answer, probabilities in zip(answers, alone.softmax(-1).tolist()):
         assert list(answer["scores"].values()) == pytest.approx(probabilities, abs=1e-5)
         assert answer["scores"][answer["label"]] == answer["confidence"] == max(answer["scores"].values())
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False))
+def test_a_written_score_is_read_back_as_it_was(score):
+    written = answer(Task(REGRESSION, ["price"]), [score], Scoring())
+    assert np.float32(written["prediction"]) == np.float32(written["scores"]["price"]) == np.float32(score)
 
 
 @pytest.mark.parametrize("batch_size", [2, 64])

@@ -208,7 +208,7 @@ def test_a_run_finds_its_task_and_leaves_scores_that_agree(case, finished):
             "pearson": stats.pearsonr(true[:, 0], predicted[:, 0])[0],
             "spearman": stats.spearmanr(true[:, 0], predicted[:, 0])[0],
         }
-    assert {name: results[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    assert {name: results[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     answer = results["baseline"]["answer"]
     always = [float(name in answer) for name in case.names] if case.kind == "multi" else answer
     first = "subset_accuracy" if case.kind == "multi" else "rmse"
