@@ -176,7 +176,16 @@ def differences(models: Sequence[ModelScores]) -> list[dict[str, Any]]:
 
 
 def _randomized(first: ModelScores, other: ModelScores) -> dict[str, float]:
-    """Return the p-value of the difference of each measure, by exchanging what two models came to."""
-    values = {name: np.concatenate([first.values[name], other.values[name]]) for name in first.values}
+    """Return the p-value of the difference of each measure, by exchanging what two models came to.
+
+    Of sentence pairs, where cosines lie differs from model to model: their ranks are exchanged, which
+    are all that Spearman's correlation depends on.
+    """
+    said = [first.values, other.values]
+    if HUMAN in first.values:
+        from scipy.stats import rankdata
+
+        said = [{**values, COSINE: rankdata(values[COSINE])} for values in said]
+    values = {name: np.concatenate([one[name] for one in said]) for name in first.values}
     both = replace(first, values=values)  # of each query, a model gets one of the two values
     return randomization(both.resampled, np.ones(len(first.queries), dtype=int))

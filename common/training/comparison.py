@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +180,23 @@ def differences(first: FinishedRun, other: FinishedRun) -> list[Difference]:
 
 
 def _randomized(first: Answers, other: Answers) -> dict[str, float]:
-    """Return the p-value of the difference of each score, by exchanging the answers of two runs. Rows
-    that are equal in truth and answers are counted: to exchange one is to exchange any of them.
+    """Return the p-value of the difference of each score, by exchanging the answers of two runs.
+
+    Spearman's correlation is one of ranks: for it, ranks are exchanged. Numbers of two runs can lie on
+    different scales, and mixed they would have other ranks than in either run.
+    """
+    p_values = _exchanged(first, other)
+    if first.kind == REGRESSION:
+        from scipy.stats import rankdata
+
+        ranked = [replace(one, predicted=rankdata(one.predicted, axis=0)) for one in (first, other)]
+        p_values["spearman"] = _exchanged(*ranked)["spearman"]
+    return p_values
+
+
+def _exchanged(first: Answers, other: Answers) -> dict[str, float]:
+    """Return the p-values of a randomization test. Rows that are equal in truth and answers are
+    counted: to exchange one is to exchange any of them.
     """
     columns = np.column_stack([first.truth, first.predicted, other.predicted])
     rows, counts = np.unique(columns, axis=0, return_counts=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.stats import permutation_test
+from scipy.stats import permutation_test, spearmanr
 from sklearn.metrics import f1_score
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
@@ -196,6 +196,13 @@ def test_labels_and_numbers_are_compared_too(compare, tmp_path):
     code, screen, _ = compare(tmp_path / "numbers-0", tmp_path / "numbers-1")
     before, after = (np.sqrt(np.mean((one - numbers) ** 2)) for one in guessed)
     assert code == 0 and re.search(rf"rmse +60 +{after - before:.4f} .*randomization", screen)
+    rows = [[n, numbers[n], guessed[0][n] / 5 + 6, f"text {n}"] for n in range(60)]  # its ranks are the same
+    write_run(tmp_path / "numbers-2", ["row", "true score", "predicted score", "text"], rows)
+    _, rescaled, _ = compare(tmp_path / "numbers-2", tmp_path / "numbers-1")
+    found = [re.search(r"spearman +60 .*randomization.*", one)[0].split() for one in (screen, rescaled)]
+    assert found[0] == found[1]
+    before, after = (spearmanr(numbers, one).statistic for one in guessed)
+    assert f"+{after - before:.4f}" in found[0] and "0.0010" in found[0]
     farthest = np.argmax(abs(guessed[0] - guessed[1]))
     assert re.search(rf"differ most:\n.*\n.*\ntext {farthest} ", screen)
     code, _, stderr = compare(tmp_path / "labels-0", tmp_path / "numbers-1")

@@ -72,10 +72,10 @@ def test_predictions_come_in_the_order_of_the_texts(scored, monkeypatch):
     model.config.id2label = {0: "neg", 1: "pos"}
     classifier = TextClassifier(model, tokenizer, TOKENS, batch_size=4)
     answers = list(predict_texts(classifier, tokenized["text"][:], range(1, 38), RUNTIME))
-    assert [answer["row"] for answer in answers] == list(range(1, 38))
-    for answer, probabilities in zip(answers, alone.softmax(-1).tolist()):
-        assert list(answer["scores"].values()) == pytest.approx(probabilities, abs=1e-5)
-        assert answer["scores"][answer["label"]] == answer["confidence"] == max(answer["scores"].values())
+    assert [one["row"] for one in answers] == list(range(1, 38))
+    for one, probabilities in zip(answers, alone.softmax(-1).tolist()):
+        assert list(one["scores"].values()) == pytest.approx(probabilities, abs=1e-5)
+        assert one["scores"][one["label"]] == one["confidence"] == max(one["scores"].values())
 
 
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))

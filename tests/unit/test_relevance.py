@@ -132,6 +132,31 @@ def test_intervals_and_tests_are_those_of_scipy(cranfield):
     assert {(one["difference"], one["p_holm"]) for one in same} == {(0.0, 1.0)}
 
 
+def test_the_difference_of_rank_correlations_is_tested_on_ranks():
+    """One model's cosines lie within a tenth of the other's range, which Spearman's correlation ignores."""
+    generator = np.random.default_rng(0)
+    human = generator.random(80)
+    good, bad = (human + generator.normal(0, noise, 80) for noise in (0.2, 0.5))
+    models = [
+        model_scores.ModelScores("m", "", 0, None, ["q"] * 80, {"cosine": cosines, "human": human})
+        for cosines in (good, bad, 0.1 * bad + 0.5)
+    ]
+    same, squeezed = model_scores.differences(models)
+
+    drawn = stats.permutation_test(
+        (stats.rankdata(good), stats.rankdata(bad)),
+        lambda first, other: np.float64(
+            stats.spearmanr(other, human).statistic - stats.spearmanr(first, human).statistic
+        ),
+        permutation_type="samples",
+        vectorized=False,
+        n_resamples=1000,
+        rng=0,
+    )
+    assert same["p"] == pytest.approx(drawn.pvalue, abs=0.01) and same["p"] < 0.02
+    assert (squeezed["difference"], squeezed["p"]) == (pytest.approx(same["difference"]), same["p"])
+
+
 def test_of_one_query_nothing_is_significant():
     scores = {"exact": {"nDCG@10": [0.2]}, "hybrid": {"nDCG@10": [0.9]}}
     (found,) = model_scores.differences(model_scores.of_searches(["a query"], scores))
