@@ -473,10 +473,8 @@ def cluster(args: argparse.Namespace, screen: Screen) -> None:
     runtime = start(args)
     stop = None if args.stop_words is None else stop_words(args.stop_words)
     with open_rows(read_source(args), args, runtime, screen, least=2) as (selection, _):
-        if args.column:
-            from common.search.builder import check_clusters
-
-            check_clusters(selection.snapshot, args.column)
+        if args.column:  # again: the index may have changed meanwhile
+            checks.check_column(args, selection.snapshot.manifest)
         labels = None
         if args.threshold is not None:  # it alone looks at all pairs, which the processes share
             options = {"min_size": args.min_size or 2, "block": args.block}
@@ -542,14 +540,12 @@ def keep_clusters(selection: Selection, labels: np.ndarray, args: argparse.Names
     """Write the numbers of clusters, from 1, to the index as a column; rows that were not looked at
     keep theirs, and those in no cluster have none.
     """
-    from common.search.builder import cluster_columns
     from common.search.index import open_store
 
     with open_store(args.index, wait=args.wait) as store:
         if store.snapshot.sha256 != selection.snapshot.sha256:
             raise UserError(f"--index {args.index}: it has changed meanwhile; run the command again")
-        made = cluster_columns(store.snapshot)
-        store.set_column(args.column, selection.rows, labels + 1, others=made)  # 0: in no cluster
+        store.set_column(args.column, selection.rows, labels + 1)  # 0: in no cluster
 
 
 # evaluate, compare-models: how good a search or a model is ----------------------------------------

@@ -4,7 +4,6 @@ chunks and encoded, and each block is committed before the next begins.
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from common.runtime import Runtime
 from common.search.display import say_notes
 from common.search.encoder import Chunk, Encoder, split_into_chunks
 from common.search.index import Snapshot, Store, open_store, whole_documents
-from common.search.manifest import Settings, store_of, taken_column
+from common.search.manifest import Settings, store_of
 from common.search.segments import (
     CHUNK,
     HASH,
@@ -42,7 +41,6 @@ from common.search.segments import (
 from common.search.texts import Collection, RowTable, digest, ids_of
 
 SCAN = 10_000  # rows read at once
-MOST_TRIED = 10_000  # sets of columns that `cluster` may have made, the smallest first
 COMPARED = 8  # given vectors that are compared with the model's own
 NORM_TOLERANCE = 1e-6  # of a vector in fp32 whose norm is 1
 
@@ -61,43 +59,8 @@ def settings_of(
 def hashes_of(table: pa.Table) -> list[bytes]:
     """Return for each row the hash of its text (16 bytes) and of its columns (16 bytes)."""
     texts, rows = table[TEXT].to_pylist(), table.drop_columns([TEXT]).to_pylist()
-    return [digest(text) + _metadata_hash(row) for text, row in zip(texts, rows)]
-
-
-def _metadata_hash(row: dict[str, Any]) -> bytes:
-    """Return the hash (16 bytes) of the columns of a row."""
-    return digest(json.dumps(_plain(row), default=str, sort_keys=True))
-
-
-def cluster_columns(snapshot: Snapshot) -> list[str]:
-    """Return the columns of an index that `cluster` is known to have made.
-
-    An index that was made before the manifest noted them has the hashes of its rows alone to tell: they
-    are those of the source, in which columns of clusters have no part.
-    """
-    noted = snapshot.manifest.get("clusters")
-    if noted is not None:
-        return noted
-    numbers = [name for name, kind in snapshot.columns.items() if pa.types.is_int64(kind)]
-    sizes = range(len(numbers) + 1)
-    some = itertools.chain.from_iterable(itertools.combinations(numbers, size) for size in sizes)
-    possible = list(itertools.islice(some, MOST_TRIED))  # the first row leaves few of them
-    rows = np.flatnonzero(snapshot.is_live())
-    for start in range(0, len(rows), SCAN):
-        for row in snapshot.take(rows[start : start + SCAN], [HASH, *snapshot.columns]):
-            whole = row.pop(HASH)[16:]
-            possible = [
-                made
-                for made in possible
-                if whole == _metadata_hash({name: row[name] for name in row if name not in made})
-            ]
-    return list(possible[0]) if possible else []
-
-
-def check_clusters(snapshot: Snapshot, name: str) -> None:
-    """Raise UserError unless a column of whole numbers can be replaced by those of clusters."""
-    if name in snapshot.columns and name not in cluster_columns(snapshot):
-        raise taken_column(name, index=str(snapshot.folder), own=name)
+    columns = (json.dumps(_plain(row), default=str, sort_keys=True) for row in rows)
+    return [digest(text) + digest(others) for text, others in zip(texts, columns)]
 
 
 @dataclass
@@ -225,7 +188,7 @@ class Builder:
         if not self.store.snapshot.num_rows:
             return
         columns = self.store.snapshot.columns
-        made = self.store.snapshot.manifest.get("clusters", [])
+        made = self.store.snapshot.manifest["clusters"]
         own = next((name for name in collection.rows.column_names if name in made), None)
         if own is not None:
             problem = f"column {own!r}: the index has one of this name that cluster made"

@@ -18,6 +18,7 @@ from common.search.manifest import (
     MANIFEST,
     MILVUS,
     MILVUS_INSTALL,
+    Manifest,
     Settings,
     check_files,
     check_folder,
@@ -26,7 +27,6 @@ from common.search.manifest import (
     parse_target,
     read_manifest,
     store_of,
-    taken_column,
 )
 from common.search.search_flags import (
     check_query_column,
@@ -146,12 +146,16 @@ def check_cluster(args: argparse.Namespace) -> None:
         sources.check_text_file(args.stop_words)
     check_source(args)
     if args.column:
-        manifest = read_manifest(Path(args.index))
-        for name, kind in manifest["columns"].items():
-            # an older index does not know: builder.cluster_columns looks at its rows
-            is_made = name == args.column and kind == "int64" and name in manifest.get("clusters", [name])
-            if name.lower() == args.column.lower() and not is_made:  # SQL ignores case
-                raise taken_column(args.column, index=args.index, own=name)
+        check_column(args, read_manifest(Path(args.index)))
+
+
+def check_column(args: argparse.Namespace, manifest: Manifest) -> None:
+    """Raise UserError where the numbers of clusters would replace a column of the texts."""
+    for name in manifest["columns"]:
+        is_made = name == args.column and name in manifest["clusters"]
+        if name.lower() == args.column.lower() and not is_made:  # SQL ignores case
+            problem = f"{args.index} has a column {name!r}, and nothing says that cluster made it"
+            raise UserError(f"--column {args.column}: {problem}; give another --column")
 
 
 def check_evaluate(args: argparse.Namespace) -> None:
