@@ -575,10 +575,10 @@ def evaluate(args: argparse.Namespace, screen: Screen) -> None:
         encoder = encoder or index_encoder(args, runtime, snapshot)
         relevance.check_documents(task, lambda ids: rows_with_ids(snapshot, ids)[1], screen.say)
         ranker = Ranker(snapshot, snapshot.is_live(), words=Words(args.language), say=screen.say)
-        searcher = Searcher(ranker, encoder, rerank_depth=args.rerank_depth)
+        searcher = Searcher(ranker, encoder, reranker=reranker, rerank_depth=args.rerank_depth)
         measures = relevance.measures_at(args.at)
-        values = relevance.score_all(searcher, task, reranker=reranker, measures=measures)
-        stores = relevance.score_stores(searcher, task, args.store, measures)
+        values = relevance.score_all(searcher, task, measures, ways=["approximate", "hybrid"])
+        stores = relevance.score_stores(searcher, task, measures, stores=args.store)
         with runtime.raised_on_all():  # the other processes have helped to search, and wait
             if runtime.is_main:
                 searches = model_scores.of_searches(list(task.judgements), values)
