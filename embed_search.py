@@ -154,7 +154,7 @@ def similarity(args: argparse.Namespace, screen: Screen) -> None:
         if args.figure:
             from common import figures
 
-            figure = figures.similarity_map(matrix, display.ids_of(selection))
+            figure = figures.similarity_map(matrix, selection.ids())
             display.save_figure(figure, args.figure, screen)
 
 
@@ -439,8 +439,8 @@ def duplicates(args: argparse.Namespace, screen: Screen) -> None:
     runtime = start(args)
     with open_rows(read_source(args), args, runtime, screen, least=2) as (selection, _):
         similar = mining.similar_pairs(selection, args.threshold, block=args.block)
-        with display.open_output(args.pairs_file if runtime.is_main else None) as file:
-            groups, kept = display.collect_groups(selection, similar, file, keep=screen.as_json)
+        with display.open_pairs(args.pairs_file if runtime.is_main else None) as writer:
+            groups, kept = display.collect_groups(selection, similar, writer, keep=screen.as_json)
         display.show_groups(screen, selection, groups, kept, threshold=args.threshold)
 
 
@@ -453,8 +453,9 @@ def dedupe(args: argparse.Namespace, screen: Screen) -> None:
         if selection.documents is not None:
             problem = "it holds chunks, not whole texts"
             raise UserError(f"dedupe --index {args.index}: {problem}; name the texts themselves")
-        similar = mining.similar_pairs(selection, args.threshold, block=args.block)
-        groups, _ = display.collect_groups(selection, similar, None, keep=False)
+        groups = mining.Groups(len(selection))
+        for left, right, _ in mining.similar_pairs(selection, args.threshold, block=args.block):
+            groups.join(left, right)
         with runtime.raised_on_all():  # the other processes wait for the first, which writes
             if runtime.is_main:
                 kept = mining.one_of_each(selection, groups, args.keep)

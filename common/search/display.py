@@ -7,11 +7,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,7 @@ from common import sources
 from common.cli import json_text
 from common.columns import unused_name
 from common.errors import UserError, printable, shorten
-from common.files import check_new, named_in_errors, only_writer
+from common.files import check_new, named_in_errors, only_writer, whole_file
 from common.search.index import Snapshot
 from common.search.manifest import PAIR_COLUMNS
 from common.search.screen import Screen
@@ -57,11 +56,6 @@ def level(similarity: float) -> str:
     return "moderate" if similarity >= MODERATE else "low"
 
 
-def ids_of(selection: Selection) -> list[str]:
-    """Return the ids of rows, which for texts without an index are their numbers from 1."""
-    return [row[ID] for row in selection.snapshot.take(selection.rows, [ID])]
-
-
 def id_name(snapshot: Snapshot) -> str:
     """Return what an id is called: "row" where it is only the number of a text."""
     return "row" if snapshot.settings["id_column"] == ROW else "id"
@@ -72,14 +66,9 @@ def own_id(snapshot: Snapshot, key: str) -> int | str:
     return int(key) if id_name(snapshot) == "row" else key
 
 
-def key_of(document: dict[str, Any]) -> int | str:
-    """Return the id in a document of JSON."""
-    return document["id"] if "id" in document else document["row"]
-
-
-def short_id(key: int | str) -> str:
-    """Return the start of a long id, such as a hash of the text; --json has it whole."""
-    return cut(str(key), 16, 10)
+def short_id(document: dict[str, Any]) -> str:
+    """Return the id in a document of JSON, of a long one, such as a hash of the text, the start."""
+    return cut(str(document.get("id", document.get("row"))), 16, 10)
 
 
 def texts_at(
@@ -96,7 +85,7 @@ def texts_at(
 
 def label_of(row: dict[str, Any], width: int = TEXT_WIDTH) -> str:
     """Return id and text in one line."""
-    return f"{short_id(key_of(row))}: {cut(row['text'], room(width))}"
+    return f"{short_id(row)}: {cut(row['text'], room(width))}"
 
 
 def show_similarity(
@@ -110,7 +99,7 @@ def show_similarity(
     texts.
     """
     texts = texts_at(selection, range(len(selection)))
-    names = [short_id(key_of(text)) for text in texts]
+    names = [short_id(text) for text in texts]
     if len(names) <= MATRIX_COLUMNS:
         rows = [[name, *values] for name, values in zip(names, matrix)]
         screen.table(rows, ["", *names], title="cosine similarity")
@@ -266,7 +255,7 @@ def show_hits(
             if chunk := document.get("chunk"):
                 text = f"[chunk {chunk['number']} of {chunk['of']}] {text}"
             cells = _cells_of(document["columns"], names)
-            lines.append([rank, document["score"], short_id(key_of(document)), text, *cells])
+            lines.append([rank, document["score"], short_id(document), text, *cells])
         headers = ["", "score", id_name(snapshot), "text", *(cut(name, CELL_WIDTH) for name in names)]
         screen.table(lines, headers, title=f"{heading}{query}", texts=[3])
     screen.document({"queries": documents})
@@ -338,18 +327,19 @@ def show_entries(
     """Show some of the `total` texts of an index, with the columns that are named; in the table the
     column of the ids stands once.
     """
-    others, lines = [name for name in names if name != id_column], []
-    for entry in entries:
-        text = cut(entry[TEXT], room(CENTRAL_WIDTH))
-        lines.append([short_id(entry[ID]), text, *_cells_of(entry, others)])
-    first = min(offset + 1, total)
-    title = f"{index}: {first:,} to {offset + len(entries):,} of {total:,} texts"
-    headers = ["id", "text", *(cut(name, CELL_WIDTH) for name in others)]
-    screen.table(lines, headers, title=title, texts=[1])
+    others = [name for name in names if name != id_column]
     texts = [
         {"id": entry[ID], "text": entry[TEXT], "columns": {name: entry[name] for name in names}}
         for entry in entries
     ]
+    lines = []
+    for text in texts:
+        start = cut(text["text"], room(CENTRAL_WIDTH))
+        lines.append([short_id(text), start, *_cells_of(text["columns"], others)])
+    first = min(offset + 1, total)
+    title = f"{index}: {first:,} to {offset + len(entries):,} of {total:,} texts"
+    headers = ["id", "text", *(cut(name, CELL_WIDTH) for name in others)]
+    screen.table(lines, headers, title=title, texts=[1])
     screen.document({"index": index, "of": total, "texts": texts})
 
 
@@ -406,8 +396,8 @@ def answer_prompt(
 
 
 @contextlib.contextmanager
-def open_output(path: str | None) -> Iterator[TextIO | None]:
-    """Open the CSV file of --pairs-file for writing, as its only writer; None stays None."""
+def open_pairs(path: str | None) -> Iterator[Any]:
+    """Yield the writer of the CSV file of --pairs-file, which has its header; None stays None."""
     if path is None:
         yield None
         return
@@ -416,26 +406,25 @@ def open_output(path: str | None) -> Iterator[TextIO | None]:
         named_in_errors(Path(path)),
         open(path, "w", encoding="utf-8", newline="") as file,
     ):
-        yield file
+        writer = csv.writer(file)
+        writer.writerow(PAIR_COLUMNS)
+        yield writer
 
 
 def collect_groups(
     selection: Selection,
     parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    file: TextIO | None,
+    writer: Any,
     *,
     keep: bool,
 ) -> tuple[Groups, list[tuple[str, str, float]]]:
-    """Join pairs into groups as they come. Write each pair to a CSV `file` if there is one; else,
-    with `keep`, return the pairs too (ids and cosine).
+    """Join pairs into groups as they come. Give each pair to the `writer` of a CSV if there is one;
+    else, with `keep`, return the pairs too (ids and cosine).
     """
     from common.search.mining import Groups
 
-    groups, ids = Groups(len(selection)), ids_of(selection)
+    groups, ids = Groups(len(selection)), selection.ids()
     kept: list[tuple[str, str, float]] = []
-    writer = csv.writer(file) if file else None
-    if writer:
-        writer.writerow(PAIR_COLUMNS)
     for left, right, scores in parts:
         groups.join(left, right)
         rows = zip(left, right, scores.tolist())
@@ -471,7 +460,7 @@ def show_groups(
     lines = []
     for number, texts in enumerate(lists, start=1):
         for text in texts:
-            lines.append([number, short_id(text[name]), cut(text["text"], room(TEXT_WIDTH))])
+            lines.append([number, short_id(text), cut(text["text"], room(TEXT_WIDTH))])
     screen.table(lines, ["group", name, "text"], texts=[2])
     screen.document(
         {
@@ -515,11 +504,12 @@ def write_rows(
             yield [dict(zip(schema.names, (entry[name] for name in names))) for entry in entries]
 
     with _whole_file(path, "--output") as new:
-        _write_blocks(new, Path(path).suffix.lower(), schema, blocks())
+        _write_blocks(new, schema, blocks())
     return len(rows)
 
 
-def _write_blocks(path: Path, kind: str, schema: pa.Schema, blocks: Iterator[list[dict]]) -> None:
+def _write_blocks(path: Path, schema: pa.Schema, blocks: Iterator[list[dict]]) -> None:
+    kind = path.suffix.lower()
     if kind == ".parquet":
         from pyarrow import parquet
 
@@ -548,14 +538,9 @@ def save_vectors(vectors: np.ndarray, path: str, screen: Screen) -> None:
 
 @contextlib.contextmanager
 def _whole_file(path: str, flag: str) -> Iterator[Path]:
-    """Yield the path of a file to write, which gets its name when the block has ended well."""
-    new = Path(path).with_name(f".{os.getpid()}-{Path(path).name}")
-    with only_writer(Path(path), flag=flag), named_in_errors(Path(path)):
-        try:
-            yield new
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
+    """Yield the path of a file to write, whole or not at all, as its only writer."""
+    with only_writer(Path(path), flag=flag), named_in_errors(Path(path)), whole_file(Path(path)) as new:
+        yield new
 
 
 def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, words: list[list[str]]) -> None:
@@ -563,7 +548,7 @@ def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, word
     from common.search.mining import NO_CLUSTER, nearest_to_centre
 
     snapshot, lines, documents = selection.snapshot, [], []
-    ids = [own_id(snapshot, key) for key in ids_of(selection)]
+    ids = [own_id(snapshot, key) for key in selection.ids()]
     for number, own_words in enumerate(words):
         members = np.flatnonzero(labels == number)
         nearest = nearest_to_centre(selection, members, count=NUM_CENTRAL)
@@ -592,7 +577,7 @@ def write_clusters(selection: Selection, labels: np.ndarray, path: str, screen: 
     with _whole_file(path, "--output") as new, open(new, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([id_name(selection.snapshot), "cluster"])
-        for key, label in zip(ids_of(selection), labels.tolist()):
+        for key, label in zip(selection.ids(), labels.tolist()):
             writer.writerow([key, "" if label < 0 else label + 1])
     screen.say(f"clusters {path}: the number of each {id_name(selection.snapshot)}")
 
@@ -696,44 +681,40 @@ def write_export(
     all: Parquet with a column `vector`, an array of NumPy, an index of FAISS (inner
     product, exact). All have the same order.
     """
-    fresh = {path: f"{path}.{os.getpid()}.part" for path in paths}
-    try:
-        with contextlib.ExitStack() as files:
+    with contextlib.ExitStack() as whole:
+        fresh = {path: whole.enter_context(whole_file(Path(path))) for path in dict.fromkeys(paths)}
+        with contextlib.ExitStack() as files:  # all are closed before one gets its name
             add: dict[str, Callable[[pa.Table, np.ndarray], object]] = {}
             for table, vectors in parts:
-                for path, part in fresh.items():
+                for path, new in fresh.items():
                     if path not in add:
                         files.enter_context(named_in_errors(Path(path)))
-                        kind, size = Path(path).suffix, (total, vectors.shape[1])
-                        add[path] = files.enter_context(_open_export(part, kind, table.schema, size))
+                        size = (total, vectors.shape[1])
+                        add[path] = files.enter_context(_open_export(new, table.schema, size))
                     add[path](table, vectors)
-        for path, part in fresh.items():
-            os.rename(part, path)
-            screen.say(f"export   {path}: {total:,} rows")
-    finally:
-        for part in fresh.values():
-            Path(part).unlink(missing_ok=True)
+    for path in fresh:
+        screen.say(f"export   {path}: {total:,} rows")
     screen.document({"rows": total, "files": paths})
 
 
 @contextlib.contextmanager
 def _open_export(
-    path: str, kind: str, schema: pa.Schema, size: tuple[int, int]
+    path: Path, schema: pa.Schema, size: tuple[int, int]
 ) -> Iterator[Callable[[pa.Table, np.ndarray], object]]:
-    """Yield the function that adds rows and their vectors to a file of some kind, which will hold
-    rows of a schema and vectors of this size (rows, width).
+    """Yield the function that adds rows and their vectors to a file, whose suffix is its format; it
+    will hold rows of a schema and vectors of this size (rows, width).
     """
-    if kind == ".npy":
+    if path.suffix == ".npy":
         with open(path, "wb") as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": size}
             np.lib.format.write_array_header_1_0(file, header)
             yield lambda _, vectors: vectors.astype("<f4").tofile(file)
-    elif kind == ".faiss":
+    elif path.suffix == ".faiss":
         import faiss
 
         index = faiss.IndexFlatIP(size[1])
         yield lambda _, vectors: index.add(np.ascontiguousarray(vectors))
-        faiss.write_index(index, path)
+        faiss.write_index(index, str(path))
     else:
         import pyarrow.parquet as pq
 
