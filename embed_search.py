@@ -359,15 +359,7 @@ def search(args: argparse.Namespace, screen: Screen) -> None:
         reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
         searcher = Searcher(ranker, encoder, reranker=reranker, rerank_depth=args.rerank_depth)
         hit_range = HitRange(args.top_k, args.offset, args.min_score)
-        if not queries.texts:
-            display.answer_prompt(screen, searcher, hit_range, kept=kept)
-            return
-        display.say_bad_queries(screen, len(queries.bad), queries.why)
-        num_cut = encoder.num_cut  # of the texts, which are told already
-        hits = queries.with_empty(searcher.search(queries.good, hit_range.depth))
-        shown = {"kept": kept, "skipped": queries.bad}
-        display.show_hits(screen, searcher.snapshot, queries.texts, hits, hit_range, **shown)
-        display.say_cut_queries(screen, encoder, encoder.num_cut - num_cut)
+        display.answer(screen, searcher, queries, hit_range, kept=kept)
 
 
 def like(args: argparse.Namespace, screen: Screen) -> None:

@@ -30,10 +30,10 @@ if TYPE_CHECKING:  # a command shows only what it has loaded itself
     from matplotlib.figure import Figure
 
     from common.search.builder import Builder, Counts
-    from common.search.encoder import Encoder
     from common.search.mining import Groups, Pair
     from common.search.model_scores import ModelScores
     from common.search.relevance import Task
+    from common.search.search_flags import Queries
     from common.search.searcher import Hit, HitRange, Searcher
     from common.search.selection import Selection
     from common.search.texts import Collection
@@ -261,19 +261,6 @@ def show_hits(
     screen.document({"queries": documents})
 
 
-def say_bad_queries(screen: Screen, count: int, why: str) -> None:
-    """Say how many queries were left out, if any were, and why the first was."""
-    if count:
-        screen.say(f"queries  {count:,} skipped; the first: {why}")
-
-
-def say_cut_queries(screen: Screen, encoder: Encoder, count: int) -> None:
-    """Say how many queries were longer than the model reads, if there are any."""
-    if count:
-        longer = f"longer than {encoder.max_length} tokens and were cut there"
-        screen.say(f"{count:,} queries are {longer}")
-
-
 def _cells_of(row: dict, names: Sequence[str]) -> list[str]:
     """Return some columns of a row as a table shows them."""
     return ["" if row[name] is None else cut(str(row[name]), CELL_WIDTH) for name in names]
@@ -370,8 +357,29 @@ def show_texts(screen: Screen, snapshot: Snapshot, documents: list[np.ndarray], 
     screen.document({"texts": found})
 
 
+def answer(
+    screen: Screen, searcher: Searcher, queries: Queries, hit_range: HitRange, *, kept: Sequence[str] | None
+) -> None:
+    """Show the hits of queries, or of those from a prompt if there are none; say how many were left
+    out, and how many were longer than the model reads.
+    """
+    if not queries.texts:
+        answer_prompt(screen, searcher, hit_range, kept=kept)
+        return
+    if queries.bad:
+        screen.say(f"queries  {len(queries.bad):,} skipped; the first: {queries.why}")
+    encoder = searcher.encoder
+    assert encoder is not None
+    num_cut = encoder.num_cut  # of the texts, which are told already
+    hits = queries.with_empty(searcher.search(queries.good, hit_range.depth))
+    show_hits(screen, searcher.snapshot, queries.texts, hits, hit_range, kept=kept, skipped=queries.bad)
+    if num_cut := encoder.num_cut - num_cut:
+        longer = f"longer than {encoder.max_length} tokens and were cut there"
+        screen.say(f"{num_cut:,} queries are {longer}")
+
+
 def answer_prompt(
-    screen: Screen, searcher: Searcher, hit_range: HitRange, *, kept: Sequence[str] | None = None
+    screen: Screen, searcher: Searcher, hit_range: HitRange, *, kept: Sequence[str] | None
 ) -> None:
     """Answer queries from standard input until it ends or an empty line comes; with --json one
     document per query.

@@ -740,13 +740,7 @@ def run_search(args: argparse.Namespace, screen: Screen) -> None:
         kept = search_flags.kept_columns(args, store.columns, f"--index {args.index}")
     with opened_searcher(args, runtime, hybrid=args.hybrid, where=args.where) as searcher:
         hit_range = HitRange(args.top_k, args.offset, args.min_score)
-        if queries.texts:
-            display.say_bad_queries(screen, len(queries.bad), queries.why)
-            hits = queries.with_empty(searcher.search(queries.good, hit_range.depth))
-            display.show_hits(screen, searcher.snapshot, queries.texts, hits, hit_range, kept=kept)
-            display.say_cut_queries(screen, searcher.encoder, searcher.encoder.num_cut)
-        else:
-            display.answer_prompt(screen, searcher, hit_range, kept=kept)
+        display.answer(screen, searcher, queries, hit_range, kept=kept)
 
 
 def run_evaluate(args: argparse.Namespace, screen: Screen) -> None:

@@ -141,6 +141,15 @@ def test_long_queries_are_counted(ok, stores):
     assert "1 queries are longer than 64 tokens and were cut there" in found
 
 
+def test_a_query_that_is_skipped_has_no_table_in_either_store(ok, stores, tmp_path):
+    """It stands in JSON alone, without hits."""
+    queries = ("--queries", write_lines(tmp_path / "queries.txt", ["good film", " "]), "--skip-bad")
+    for name in stores:
+        found = ok("search", "--index", name, *queries)
+        assert found.count("query: ") == 1 and "1 skipped" in found, found
+        assert [bool(found) for found in hits(ok, name, *queries)] == [True, False]
+
+
 @pytest.mark.parametrize("condition", quick(CONDITIONS.keys(), *QUICK))
 def test_a_condition_in_the_words_of_milvus(condition, ok, stores):
     found = [ok("list", "--index", name, "--where", condition, "--top-k", 60, "--json") for name in stores]
