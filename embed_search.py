@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import inspect
 import tempfile
 import time
@@ -170,34 +169,26 @@ def check_matrix(count: int) -> None:
 
 def index(args: argparse.Namespace, screen: Screen) -> None:
     """Build an index, or bring it up to date."""
-    from common.search.encoder import load_encoder, load_index_encoder
+    from common.search.encoder import load_index_encoder
 
-    runtime, folder, config = start(args), Path(args.index), encoder_config(args)
-    existing, text_columns = None, ()
+    runtime, folder = start(args), Path(args.index)
+    existing, text_columns, collection = None, (), None
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         existing = manifest["settings"]
         # where a column holds texts, digits are texts too
         text_columns = [name for name, kind in manifest["columns"].items() if kind == "string"]
     options = flags.index_options(args, existing)
-
-    @functools.cache
-    def read() -> Collection:
-        return read_texts(args, options["id_column"], as_text=text_columns)
-
+    # under torchrun every process encodes, but only the main one reads the texts and writes
     with runtime.raised_on_all():  # mistakes in the texts are reported before the model is loaded
         if runtime.is_main:
-            read()
-    if existing:
-        encoder = load_index_encoder(config, runtime, args.index, existing)
-    else:
-        encoder = load_encoder(config, runtime)
-    # under torchrun every process encodes, but only the main one reads the texts and writes
-    if not runtime.is_main:
+            collection = read_texts(args, options["id_column"], as_text=text_columns)
+    encoder = load_index_encoder(encoder_config(args), runtime, args.index, existing)
+    if collection is None:
         encoder.run_worker()
         return
     with encoder.workers():
-        fill_index(args, read(), encoder, options, screen)
+        fill_index(args, collection, encoder, options, screen)
 
 
 def fill_index(

@@ -409,8 +409,14 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
     )
 
 
-def load_index_encoder(config: EncoderConfig, runtime: Runtime, index: str, settings: Settings) -> Encoder:
-    """Return the encoder of an index with these settings; refuse flags that name another."""
+def load_index_encoder(
+    config: EncoderConfig, runtime: Runtime, index: str, settings: Settings | None
+) -> Encoder:
+    """Return the encoder of an index with these settings; refuse flags that name another. None: of
+    one that is not there yet.
+    """
+    if settings is None:
+        return load_encoder(config, runtime)
     encoder = load_encoder(config.with_defaults(settings), runtime)
     if config.dimensions is None:  # as many of the model's as the index was made with
         encoder.model.width = min(encoder.width, settings["width"])

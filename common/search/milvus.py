@@ -43,7 +43,6 @@ from common.search.encoder import (
     Chunk,
     Encoder,
     chunk_size,
-    load_encoder,
     load_index_encoder,
     load_reranker,
     split_into_chunks,
@@ -705,10 +704,7 @@ def run_index(args: argparse.Namespace, screen: Screen) -> None:
     with runtime.raised_on_all():  # mistakes in the texts are reported before the model is loaded
         if shares or runtime.is_main:
             collection = search_flags.read_texts(args, options["id_column"])
-    if existing:
-        encoder = load_index_encoder(config, runtime, args.index, existing)
-    else:
-        encoder = load_encoder(config, runtime)
+    encoder = load_index_encoder(config, runtime, args.index, existing)
     if collection is None:
         encoder.run_worker()
         return

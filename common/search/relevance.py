@@ -247,8 +247,10 @@ def sts_score(
     """Return Spearman's correlation of the cosine of two texts with a human score; `columns` names
     both texts and the score in a data file.
     """
+    from scipy.stats import spearmanr
+
     cosines, human = sts_cosines(encoder, file, columns, options=options, block=block)
-    return {"pairs": len(human), "spearman": _spearman(cosines, human)}
+    return {"pairs": len(human), "spearman": float(spearmanr(cosines, human).statistic)}
 
 
 def sts_cosines(
@@ -289,9 +291,3 @@ def sts_cosines(
             advice = "so they have no correlation; name pairs that differ"
             raise UserError(f"{file}: {problem}, {advice}")
     return found, human
-
-
-def _spearman(cosines: np.ndarray, human: np.ndarray) -> float:
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(cosines, human).statistic)

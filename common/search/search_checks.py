@@ -66,13 +66,9 @@ def check_index_command(args: argparse.Namespace) -> None:
             raise UserError(f"--vectors {args.vectors}: they are of whole texts; leave --chunk out")
     if (folder / MANIFEST).is_file():
         settings = read_manifest(folder)["settings"]
-        wanted = {"id_column": args.id_column, "max_length": args.max_length}
-        wanted["chunk_overlap"] = overlap_of(args)
-        wanted |= {"width": args.dimensions, "document_prompt": args.document_prompt}
-        if args.store and args.store != store_of(settings):
-            wanted["store"] = args.store
-        given = {name: value for name, value in wanted.items() if value is not None}
-        check_settings(args.index, given, settings)
+        store = None if args.store == store_of(settings) else args.store
+        own = {"id_column": args.id_column, "chunk_overlap": overlap_of(args), "store": store}
+        check_given(args, settings, **own)
         model = model or recorded_model(args.index, settings)
     check_texts(args)
     check_model(model)
@@ -202,9 +198,13 @@ def check_index(args: argparse.Namespace, *, encodes: bool) -> None:
     settings = check_files(Path(args.index))["settings"]
     if encodes or args.model:
         check_model(args.model or recorded_model(args.index, settings))
-    wanted = {"max_length": args.max_length, "width": args.dimensions}
-    wanted["document_prompt"] = args.document_prompt
-    given = {name: value for name, value in wanted.items() if value is not None}
+    check_given(args, settings)
+
+
+def check_given(args: argparse.Namespace, settings: Settings, **more: object) -> None:
+    """Raise UserError where flags, of some commands `more`, say otherwise than an index was made."""
+    own = {"max_length": args.max_length, "width": args.dimensions, "document_prompt": args.document_prompt}
+    given = {name: value for name, value in {**own, **more}.items() if value is not None}
     check_settings(args.index, given, settings)
 
 
