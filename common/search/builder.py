@@ -5,7 +5,6 @@ chunks and encoded, and each block is committed before the next begins.
 import dataclasses
 import hashlib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,10 +209,7 @@ class Builder:
         plan = self._plan(table, self.seen)
         chosen = plan.to_write  # rows of `table`
         chosen_texts = table[TEXT].take(number_array(chosen)).to_pylist()
-        if self.chunk_overlap is None:
-            chunks = [[Chunk(0, text)] for text in chosen_texts]
-        else:
-            chunks = split_into_chunks(chosen_texts, self.encoder, overlap=self.chunk_overlap)
+        chunks = split_into_chunks(chosen_texts, self.encoder, overlap=self.chunk_overlap)
         # for each chunk the position in `chosen` of its text
         owners = np.repeat(np.arange(len(chunks)), [len(parts) for parts in chunks])
         if self.given is None:
@@ -397,21 +393,20 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def progress_bar(num_texts: int) -> tqdm:
+    """Return a bar of the texts that are done, which one process draws on a terminal."""
+    hidden = None if cli.is_rank_0() else True  # None: where stderr is not a terminal
+    options = {"unit": "text", "desc": "encoding", "leave": False, "dynamic_ncols": True}
+    return tqdm(total=num_texts, disable=hidden, **options)
+
+
 def fill(builder: Builder, collection: Collection, *, block: int) -> None:
     """Write a collection to the builder's store, `block` texts per commit, with a progress bar on a
     terminal.
     """
     builder.counts.bad = len(collection.bad)
     builder.check(collection)
-    with tqdm(
-        total=len(collection),
-        unit="text",
-        desc="encoding",
-        leave=False,
-        file=sys.stderr,
-        dynamic_ncols=True,
-        disable=None if cli.is_rank_0() else True,  # nor where stderr is not a terminal
-    ) as bar:
+    with progress_bar(len(collection)) as bar:
         for numbers, table in collection.blocks(block):
             builder.add(numbers, table, collection)
             bar.update(len(table))

@@ -492,7 +492,7 @@ def show_dedupe(
 
 
 def write_rows(
-    selection: Selection, positions: np.ndarray, path: str, *, text_column: str, order: Sequence[str] = ()
+    selection: Selection, positions: np.ndarray, path: str, *, text_column: str, order: Sequence[str]
 ) -> int:
     """Write the texts at some positions with their columns to a new JSONL, CSV or Parquet file,
     whole or not at all, and return how many they are. The texts are in `text_column`, unless another

@@ -287,12 +287,15 @@ def chunk_size(encoder: Encoder, overlap: int) -> int:
     return size
 
 
-def split_into_chunks(texts: list[str], encoder: Encoder, *, overlap: int) -> list[list[Chunk]]:
+def split_into_chunks(texts: list[str], encoder: Encoder, *, overlap: int | None) -> list[list[Chunk]]:
     """Return the chunks of each text, each of at most the encoder's max_length in tokens.
 
-    Neighbours share about `overlap` tokens. A chunk ends between two words, unless a word alone is
-    too long. A text that fits stays whole. Raises UserError as chunk_size() does.
+    Neighbours share about `overlap` tokens; None: no text is split. A chunk ends between two words,
+    unless a word alone is too long. A text that fits stays whole. Raises UserError as chunk_size()
+    does.
     """
+    if overlap is None:
+        return [[Chunk(0, text)] for text in texts]
     size, chunks = chunk_size(encoder, overlap), []
     for start in range(0, len(texts), SPLIT_AT_ONCE):
         block = texts[start : start + SPLIT_AT_ONCE]

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from tqdm import tqdm
 
 from common import cli
 from common.errors import Interrupted, UserError, one_line
@@ -35,6 +34,7 @@ from common.search.builder import (
     check_unchanged,
     hashes_of,
     make_plan,
+    progress_bar,
     repeated_rows,
     settings_of,
 )
@@ -175,12 +175,13 @@ class MilvusCollection:
 
 # Opening and making a collection ------------------------------------------------------------------
 
-MILVUS_TYPES = {"string": "VARCHAR", "large_string": "VARCHAR", "bool": "BOOL"}
 WHOLE = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
-MILVUS_TYPES |= dict.fromkeys(WHOLE, "INT64")
-MILVUS_TYPES |= dict.fromkeys(("halffloat", "float", "double"), "DOUBLE")
-ARROW_TYPES = {"VARCHAR": pa.string(), "BOOL": pa.bool_(), "INT64": pa.int64()}
-ARROW_TYPES["DOUBLE"] = pa.float64()
+MILVUS_TYPES = {
+    **{"string": "VARCHAR", "large_string": "VARCHAR", "bool": "BOOL"},
+    **dict.fromkeys(WHOLE, "INT64"),
+    **dict.fromkeys(("halffloat", "float", "double"), "DOUBLE"),
+}
+ARROW_TYPES = {"VARCHAR": pa.string(), "BOOL": pa.bool_(), "INT64": pa.int64(), "DOUBLE": pa.float64()}
 
 
 def open_collection(client: MilvusClient, target: Target) -> MilvusCollection | None:
@@ -309,8 +310,7 @@ class Writer:
     def fill(self, collection: Collection, *, block: int) -> None:
         """Write the share of this process, `block` texts at a time."""
         self.counts.bad = len(collection.bad) if self.rank == 0 else 0
-        bar = tqdm(total=len(collection), unit="text", desc="encoding", leave=False, disable=None)
-        with bar:
+        with progress_bar(len(collection)) as bar:
             for number, (numbers, table) in enumerate(collection.blocks(block)):
                 if number % self.world_size == self.rank:
                     self._add(numbers, table, collection)
@@ -334,9 +334,7 @@ class Writer:
         chosen = plan.to_write
         texts = [table[TEXT][int(row)].as_py() for row in chosen]
         overlap = self.store.settings["chunk_overlap"]
-        chunks = [[Chunk(0, text)] for text in texts]
-        if overlap is not None:
-            chunks = split_into_chunks(texts, self.encoder, overlap=overlap)
+        chunks = split_into_chunks(texts, self.encoder, overlap=overlap)
         flat = [chunk.text for parts in chunks for chunk in parts]
         vectors = self.encoder.encode_normalized(flat, role="document")
         ends = np.cumsum([len(parts) for parts in chunks])
