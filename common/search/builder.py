@@ -20,7 +20,7 @@ from common.reading import evenly_spaced
 from common.runtime import Runtime
 from common.search.display import say_notes
 from common.search.encoder import Chunk, Encoder, split_into_chunks
-from common.search.index import Snapshot, Store, open_store, whole_documents
+from common.search.index import ROWS_AT_ONCE, Snapshot, Store, open_store, whole_documents
 from common.search.manifest import Settings, store_of
 from common.search.segments import (
     CHUNK,
@@ -39,7 +39,6 @@ from common.search.segments import (
 )
 from common.search.texts import Collection, RowTable, digest, ids_of
 
-SCAN = 10_000  # rows read at once
 COMPARED = 8  # given vectors that are compared with the model's own
 NORM_TOLERANCE = 1e-6  # of a vector in fp32 whose norm is 1
 
@@ -173,8 +172,8 @@ class Builder:
         self.chunks = RowTable()  # text of a chunk -> a row in the index that has its embedding
         self.seen = RowTable()  # the ids of this run
         rows = np.flatnonzero(store.snapshot.is_live())
-        for start in range(0, len(rows), SCAN):
-            here = rows[start : start + SCAN]
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            here = rows[start : start + ROWS_AT_ONCE]
             entries = store.snapshot.take(here, [ID, CHUNK, TEXT])
             self.chunks.add([digest(entry[TEXT]) for entry in entries], here)
             firsts = [number for number, entry in enumerate(entries) if entry[CHUNK] == 0]
@@ -200,7 +199,7 @@ class Builder:
                 advice = "make the columns equal, or use another --index"
                 raise UserError(f"{collection.name}: {problem}; {advice}")
         if not self.update:
-            check_unchanged(collection, self._plan, block=SCAN)
+            check_unchanged(collection, self._plan, block=ROWS_AT_ONCE)
 
     def add(self, numbers: np.ndarray, table: pa.Table, collection: Collection) -> None:
         """Encode what is new in a block of the collection, whose rows have these numbers, and
@@ -234,8 +233,8 @@ class Builder:
     def remove_unseen(self) -> None:
         """Delete the documents that this run has not met, in one commit."""
         rows, gone = np.flatnonzero(self.store.snapshot.is_live()), []
-        for start in range(0, len(rows), SCAN):
-            here = rows[start : start + SCAN]
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            here = rows[start : start + ROWS_AT_ONCE]
             ids = [entry[ID] for entry in self.store.snapshot.take(here, [ID])]
             gone.append(here[self.seen.find([digest(key) for key in ids]) < 0])
         deleted = np.concatenate([np.zeros(0, np.int64), *gone])
@@ -337,7 +336,7 @@ def read_vectors(
         advice = "name the file of these texts and this model"
         raise UserError(f"--vectors {path}: {problem}, {whose}; {advice}")
     lowest, highest = _norms(path, vectors, collection, skip_bad=skip_bad)
-    numbers, table = next(collection.blocks(SCAN))
+    numbers, table = next(collection.blocks(ROWS_AT_ONCE))
     sample = evenly_spaced(len(table), COMPARED)
     own = encoder.encode_normalized(table[TEXT].take(number_array(sample)).to_pylist(), role="document")
     cosines = (normalize(vectors[numbers[sample]]) * own).sum(1)
@@ -352,8 +351,8 @@ def _norms(path: str, vectors: np.ndarray, collection: Collection, *, skip_bad: 
     unless such rows are skipped.
     """
     lowest, highest = np.inf, 0.0
-    for start in range(0, len(vectors), SCAN):
-        norms = np.linalg.norm(vectors[start : start + SCAN].astype(np.float64), axis=1)
+    for start in range(0, len(vectors), ROWS_AT_ONCE):
+        norms = np.linalg.norm(vectors[start : start + ROWS_AT_ONCE].astype(np.float64), axis=1)
         usable = np.isfinite(norms) & (norms > 0)
         if not (usable.all() or skip_bad):
             row = start + int(np.flatnonzero(~usable)[0])
@@ -444,6 +443,6 @@ def check_same_texts(collection: Collection, runtime: Runtime) -> None:
     together, have read the same texts.
     """
     if runtime.world_size > 1:
-        hashes = [digest for _, table in collection.blocks(SCAN) for digest in hashes_of(table)]
+        hashes = [digest for _, table in collection.blocks(ROWS_AT_ONCE) for digest in hashes_of(table)]
         problem = "has read other texts than process 0; name a file that all machines share"
         runtime.require_same(hashlib.sha256(b"".join(hashes)).hexdigest(), problem)

@@ -20,7 +20,7 @@ from common.cli import json_text
 from common.columns import unused_name
 from common.errors import UserError, printable, shorten
 from common.files import check_new, named_in_errors, only_writer, whole_file
-from common.search.index import Snapshot
+from common.search.index import ROWS_AT_ONCE, Snapshot
 from common.search.manifest import PAIR_COLUMNS
 from common.search.screen import Screen
 from common.search.segments import CHUNK, ID, NUM_CHUNKS, OWN_NAMES, ROW, START, TEXT
@@ -43,7 +43,6 @@ TEXT_WIDTH, CENTRAL_WIDTH = 76, 60  # columns of the screen for a text in a tabl
 CELL_WIDTH = 24  # columns of the screen for a column of an index
 FIRST_NUMBERS = 10  # of an embedding, as the tutorial prints them
 SIGNIFICANT = 0.05
-ROWS_AT_ONCE = 10_000  # written to a file
 NUM_WORDS, NUM_CENTRAL = 6, 3  # of a cluster: its typical words, the texts nearest to its centre
 MATRIX_COLUMNS = 20  # of a matrix that still fits a screen
 PAIRS_IN_JSON = 1_000_000
@@ -268,7 +267,7 @@ def _cells_of(row: dict, names: Sequence[str]) -> list[str]:
 
 def hit_documents(snapshot: Snapshot, hits: list[Hit], kept: Sequence[str] | None = None) -> list[dict]:
     """Return hits as `--json` and the page have them, with the columns that are `kept`, None for all."""
-    names = snapshot.manifest["columns"] if kept is None else kept
+    names = snapshot.columns if kept is None else kept
     columns = [ID, TEXT, CHUNK, NUM_CHUNKS, START, *names]
     rows = snapshot.take([hit.row for hit in hits], columns)
     return [_hit_document(snapshot, row, hit) for row, hit in zip(rows, hits)]
@@ -293,7 +292,7 @@ def show_list(screen: Screen, selection: Selection, *, offset: int, count: int) 
     if documents is not None:
         rows = rows[np.unique(documents, return_index=True)[1]]
     snapshot, shown = selection.snapshot, rows[offset : offset + count]
-    names = list(snapshot.manifest["columns"])
+    names = list(snapshot.columns)
     entries = snapshot.take(shown, [ID, TEXT, *names])
     id_column = snapshot.settings["id_column"]
     show_entries(
@@ -334,7 +333,7 @@ def show_texts(screen: Screen, snapshot: Snapshot, documents: list[np.ndarray], 
     """Show documents, given by their rows, whole: id, columns, the text or its chunks, and with
     `vector` the embedding of each.
     """
-    names, found = list(snapshot.manifest["columns"]), []
+    names, found = list(snapshot.columns), []
     for rows in documents:
         entries = snapshot.take(rows, [ID, TEXT, START, *names])
         columns = {name: entries[0][name] for name in names}
@@ -745,7 +744,7 @@ def write_projection(screen: Screen, selection: Selection, folder: str, *, most:
 
     snapshot, total = selection.snapshot, len(selection)
     chosen = selection.rows[evenly_spaced(total, most)]
-    columns = [ID, TEXT, *snapshot.manifest["columns"]]
+    columns = [ID, TEXT, *snapshot.columns]
     metadata = []
     for row in snapshot.take(chosen, columns):
         # in one line: a tab or a line end would split a cell

@@ -60,7 +60,7 @@ from common.search.segments import (
     write_arrow,
 )
 
-ROWS_AT_ONCE = 10_000  # whose texts are in memory
+ROWS_AT_ONCE = 10_000  # that are in memory
 CACHE_PREFIX = "cache-"  # of the folder of a cache
 CACHE_STAMP = "stamp"  # the file of a cache that says which state of the index it was made of
 ABANDONED = 86_400  # seconds after which an unfinished cache must be that of a killed process

@@ -112,7 +112,6 @@ class MilvusCollection:
         self, client: MilvusClient, target: Target, settings: Settings, columns: dict[str, str]
     ) -> None:
         self.client, self.target, self.settings, self.columns = client, target, settings, columns
-        self.manifest = {"columns": columns}
         self.found: list[dict[str, Any]] = []
         self.number_of: dict[str, int] = {}  # key -> position in `found`
 
