@@ -23,7 +23,7 @@ from common.files import check_new, named_in_errors, only_writer, whole_file
 from common.search.index import ROWS_AT_ONCE, Snapshot
 from common.search.manifest import PAIR_COLUMNS
 from common.search.screen import Screen
-from common.search.segments import CHUNK, ID, NUM_CHUNKS, OWN_NAMES, ROW, START, TEXT
+from common.search.segments import CHUNK, EXPORTED, ID, NUM_CHUNKS, OWN_NAMES, ROW, START, TEXT, vector_array
 from common.terminal import cut, room
 
 if TYPE_CHECKING:  # a command shows only what it has loaded itself
@@ -723,13 +723,11 @@ def _open_export(
         yield lambda _, vectors: index.add(np.ascontiguousarray(vectors))
         faiss.write_index(index, str(path))
     else:
-        import pyarrow.parquet as pq
-
-        from common.search.segments import EXPORTED, vector_array
+        from pyarrow import parquet
 
         name = unused_name("vector", schema.names)
         field = pa.field(name, pa.list_(pa.float32(), size[1]), metadata=EXPORTED)
-        with pq.ParquetWriter(path, schema.append(field)) as file:
+        with parquet.ParquetWriter(path, schema.append(field)) as file:
             yield lambda table, vectors: file.write_table(table.append_column(field, vector_array(vectors)))
 
 

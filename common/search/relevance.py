@@ -27,7 +27,6 @@ from common.search.texts import Collection
 
 DEPTH = 100  # documents looked at for each query, or more for a measure that stops later
 QRELS_HEADERS = ("score", "relevance", "rel", "label")  # of the last column
-BUNDLED_IDS = "id"  # the column of the ids of the bundled task
 Judgements = dict[str, dict[str, int]]  # query id -> document id -> relevance (0: not relevant)
 
 
@@ -164,12 +163,12 @@ def bundled_task() -> tuple[Task, Collection]:
         headline, _, article = text.partition("\n")
         if headline.strip() and article.strip():
             queries[f"q{row}"], judgements[f"q{row}"] = headline.strip(), {str(row): 1}
-            articles.append({BUNDLED_IDS: str(row), TEXT: article.strip()})
-    schema = pa.schema({BUNDLED_IDS: pa.string(), TEXT: pa.large_string()})
+            articles.append({"id": str(row), TEXT: article.strip()})
+    schema = pa.schema({"id": pa.string(), TEXT: pa.large_string()})
     rows = pa.Table.from_pylist(articles, schema)
     title = f"{name}: headlines as queries, the articles without them as texts"
     task = Task(title, queries, judgements)
-    return task, Collection(name, rows, "row", {}, BUNDLED_IDS)
+    return task, Collection(name, rows, "row", {}, "id")
 
 
 def read_task(queries_file: str, judgements_file: str, encoding: str | None = None) -> Task:
