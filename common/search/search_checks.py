@@ -86,9 +86,7 @@ def check_vectors(path: str) -> None:
 
 
 def check_delete(args: argparse.Namespace) -> None:
-    if bool(args.ids) == bool(args.where):
-        raise UserError("delete: name either ids or --where")
-    check_ids(args.ids)
+    check_deleted(args)
     check_existing(args)
 
 
@@ -293,6 +291,13 @@ def check_queries(args: argparse.Namespace) -> None:
         sources.check_text_file(args.queries_file)
 
 
+def check_deleted(args: argparse.Namespace) -> None:
+    """Check what is to be deleted."""
+    if bool(args.ids) == bool(args.where):
+        raise UserError("delete: name either ids or --where")
+    check_ids(args.ids)
+
+
 def check_ids(ids: list[str]) -> None:
     """Raise UserError for an id that no text can have."""
     for number, key in enumerate(ids, start=1):
@@ -356,8 +361,8 @@ def check_milvus(args: argparse.Namespace) -> None:
         check_model(args.model)
         if "-" in args.texts and not target.is_file and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("-: each process reads the texts; name a file")
-    elif args.command == "delete" and bool(args.ids) == bool(args.where):
-        raise UserError("delete: name either ids or --where")
+    elif args.command == "delete":
+        check_deleted(args)
     elif args.command == "search":
         check_queries(args)
     elif args.command == "evaluate":

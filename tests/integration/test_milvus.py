@@ -277,6 +277,8 @@ def test_what_is_refused(ok, embed, tiny_model, stores, tmp_path):
         ("evaluate", "--index", ix, "--queries", more, "--qrels", more, "--texts", more): "or --index",
         ("evaluate", "--index", ix): "--queries and --qrels",
         ("pairs", "--index", ix): "pairs needs",
+        ("delete", "--index", ix, "a\udc80"): "id 1",
+        ("delete", "--index", ix): "either ids or --where",
         ("verify", "--index", ix): "verify is for indexes in folders; Milvus has",
         ("sync", more, "--index", ix): "sync is for indexes in folders; Milvus has",
         ("index", more, "--index", ix): "'date'",
