@@ -566,8 +566,7 @@ def evaluate(args: argparse.Namespace, screen: Screen) -> None:
         with runtime.raised_on_all():  # the other processes have helped to search, and wait
             if runtime.is_main:
                 searches = model_scores.of_searches(list(task.judgements), values)
-                differences = model_scores.differences(searches)
-                display.show_scores(screen, task, searches, differences, stores)
+                display.show_scores(screen, task, searches, stores)
                 if args.per_query:
                     display.write_query_scores(searches, args.per_query, screen)
 
@@ -602,8 +601,7 @@ def compare_models(args: argparse.Namespace, screen: Screen) -> None:
                 done.append(kept[fingerprint])
         finally:  # of those that are finished, whatever stops the others
             if done:
-                lines = [model.line() for model in done]
-                display.show_models(screen, lines, model_scores.differences(done))
+                display.show_models(screen, done)
 
 
 def score_model(

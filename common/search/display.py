@@ -22,6 +22,7 @@ from common.errors import UserError, printable, shorten
 from common.files import check_new, named_in_errors, only_writer, whole_file
 from common.search.index import ROWS_AT_ONCE, Snapshot
 from common.search.manifest import PAIR_COLUMNS
+from common.search.model_scores import ModelScores, differences
 from common.search.screen import Screen
 from common.search.segments import CHUNK, EXPORTED, ID, NUM_CHUNKS, OWN_NAMES, ROW, START, TEXT, vector_array
 from common.terminal import cut, room
@@ -31,7 +32,6 @@ if TYPE_CHECKING:  # a command shows only what it has loaded itself
 
     from common.search.builder import Builder, Counts
     from common.search.mining import Groups, Pair
-    from common.search.model_scores import ModelScores
     from common.search.relevance import Task
     from common.search.search_flags import Queries
     from common.search.searcher import Hit, HitRange, Searcher
@@ -599,18 +599,14 @@ def save_figure(figure: Figure, path: str, screen: Screen) -> None:
 
 
 def show_scores(
-    screen: Screen,
-    task: Task,
-    searches: list[ModelScores],
-    differences: list[dict],
-    stores: dict[str, dict[str, float]],
+    screen: Screen, task: Task, searches: list[ModelScores], stores: dict[str, dict[str, float]]
 ) -> None:
     """Show the measures of each way of searching, a star where one differs from the first, and how
     sure the first measure is; and the measures of each way to keep vectors.
     """
-    scores = {one.model: one.scores() for one in searches}
+    found, scores = differences(searches), {one.model: one.scores() for one in searches}
     intervals = {one.model: one.intervals() for one in searches}
-    against = {(one["model"], one["measure"]): one for one in differences}
+    against = {(one["model"], one["measure"]): one for one in found}
     first, measures = searches[0].model, list(searches[0].values)
     rows, lines = [], []
     for name, values in scores.items():
@@ -629,7 +625,7 @@ def show_scores(
     headers = ["search", measures[0], interval, f"minus {first}", interval, "p (Holm)"]
     screen.table([line + [""] * (len(headers) - len(line)) for line in lines], headers)
     document = {"task": task.name, "queries": queries, "scores": scores}
-    document |= {"intervals": intervals, "differences": differences}
+    document |= {"intervals": intervals, "differences": found}
     if stores:
         rows = [[name, *values.values()] for name, values in stores.items()]
         headers = ["store", *next(iter(stores.values()))]
@@ -664,13 +660,14 @@ def show_sts(screen: Screen, file: str, scores: dict[str, int | float]) -> None:
     screen.document({"file": file, **scores})
 
 
-def show_models(screen: Screen, lines: list[dict], differences: list[dict]) -> None:
+def show_models(screen: Screen, models: list[ModelScores]) -> None:
     """Show one line per model, and how each differs from the first one."""
+    lines, found = [model.line() for model in models], differences(models)
     headers = [name.replace("_", " ") for name in lines[0]]
     screen.table([list(line.values()) for line in lines], headers)
-    if differences:
+    if found:
         rows = []
-        for one in differences:
+        for one in found:
             interval = _range(one["interval"], "{:+.3f}")
             values = [f"{one['difference']:+.3f}", interval]
             values += [f"{one[name]:.4f}" for name in ("p", "p_holm")]
@@ -678,7 +675,7 @@ def show_models(screen: Screen, lines: list[dict], differences: list[dict]) -> N
         headers = ["model", "measure", "difference", "95 % interval", "p", "p (Holm)"]
         title = f"against {lines[0]['model']}, query by query (randomization)"
         screen.table(rows, headers, title=title)
-    screen.document({"models": lines, "differences": differences})
+    screen.document({"models": lines, "differences": found})
 
 
 def write_export(

@@ -746,7 +746,7 @@ def run_evaluate(args: argparse.Namespace, screen: Screen) -> None:
         relevance.check_documents(task, lambda ids: unknown_ids(searcher.snapshot, ids), screen.say)
         values = relevance.score_all(searcher, task, relevance.measures_at(args.at), ways=["hybrid"])
         searches = model_scores.of_searches(list(task.judgements), values)
-        display.show_scores(screen, task, searches, model_scores.differences(searches), {})
+        display.show_scores(screen, task, searches, {})
         if args.per_query:
             display.write_query_scores(searches, args.per_query, screen)
 
