@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import inspect
 import tempfile
 import time
@@ -154,7 +153,7 @@ def similarity(args: argparse.Namespace, screen: Screen) -> None:
         if args.figure:
             from common import figures
 
-            figure = figures.similarity_map(matrix, display.ids_of(selection))
+            figure = figures.similarity_map(matrix, selection.ids())
             display.save_figure(figure, args.figure, screen)
 
 
@@ -170,34 +169,26 @@ def check_matrix(count: int) -> None:
 
 def index(args: argparse.Namespace, screen: Screen) -> None:
     """Build an index, or bring it up to date."""
-    from common.search.encoder import load_encoder, load_index_encoder
+    from common.search.encoder import load_index_encoder
 
-    runtime, folder, config = start(args), Path(args.index), encoder_config(args)
-    existing, text_columns = None, ()
+    runtime, folder = start(args), Path(args.index)
+    existing, text_columns, collection = None, (), None
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         existing = manifest["settings"]
         # where a column holds texts, digits are texts too
         text_columns = [name for name, kind in manifest["columns"].items() if kind == "string"]
     options = flags.index_options(args, existing)
-
-    @functools.cache
-    def read() -> Collection:
-        return read_texts(args, options["id_column"], as_text=text_columns)
-
+    # under torchrun every process encodes, but only the main one reads the texts and writes
     with runtime.raised_on_all():  # mistakes in the texts are reported before the model is loaded
         if runtime.is_main:
-            read()
-    if existing:
-        encoder = load_index_encoder(config, runtime, args.index, existing)
-    else:
-        encoder = load_encoder(config, runtime)
-    # under torchrun every process encodes, but only the main one reads the texts and writes
-    if not runtime.is_main:
+            collection = read_texts(args, options["id_column"], as_text=text_columns)
+    encoder = load_index_encoder(encoder_config(args), runtime, args.index, existing)
+    if collection is None:
         encoder.run_worker()
         return
     with encoder.workers():
-        fill_index(args, read(), encoder, options, screen)
+        fill_index(args, collection, encoder, options, screen)
 
 
 def fill_index(
@@ -359,15 +350,7 @@ def search(args: argparse.Namespace, screen: Screen) -> None:
         reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
         searcher = Searcher(ranker, encoder, reranker=reranker, rerank_depth=args.rerank_depth)
         hit_range = HitRange(args.top_k, args.offset, args.min_score)
-        if not queries.texts:
-            display.answer_prompt(screen, searcher, hit_range, kept=kept)
-            return
-        display.say_bad_queries(screen, len(queries.bad), queries.why)
-        num_cut = encoder.num_cut  # of the texts, which are told already
-        hits = queries.with_empty(searcher.search(queries.good, hit_range.depth))
-        shown = {"kept": kept, "skipped": queries.bad}
-        display.show_hits(screen, searcher.snapshot, queries.texts, hits, hit_range, **shown)
-        display.say_cut_queries(screen, encoder, encoder.num_cut - num_cut)
+        display.answer(screen, searcher, queries, hit_range, kept=kept)
 
 
 def like(args: argparse.Namespace, screen: Screen) -> None:
@@ -439,8 +422,8 @@ def duplicates(args: argparse.Namespace, screen: Screen) -> None:
     runtime = start(args)
     with open_rows(read_source(args), args, runtime, screen, least=2) as (selection, _):
         similar = mining.similar_pairs(selection, args.threshold, block=args.block)
-        with display.open_output(args.pairs_file if runtime.is_main else None) as file:
-            groups, kept = display.collect_groups(selection, similar, file, keep=screen.as_json)
+        with display.open_pairs(args.pairs_file if runtime.is_main else None) as writer:
+            groups, kept = display.collect_groups(selection, similar, writer, keep=screen.as_json)
         display.show_groups(screen, selection, groups, kept, threshold=args.threshold)
 
 
@@ -453,8 +436,9 @@ def dedupe(args: argparse.Namespace, screen: Screen) -> None:
         if selection.documents is not None:
             problem = "it holds chunks, not whole texts"
             raise UserError(f"dedupe --index {args.index}: {problem}; name the texts themselves")
-        similar = mining.similar_pairs(selection, args.threshold, block=args.block)
-        groups, _ = display.collect_groups(selection, similar, None, keep=False)
+        groups = mining.Groups(len(selection))
+        for left, right, _ in mining.similar_pairs(selection, args.threshold, block=args.block):
+            groups.join(left, right)
         with runtime.raised_on_all():  # the other processes wait for the first, which writes
             if runtime.is_main:
                 kept = mining.one_of_each(selection, groups, args.keep)
@@ -473,10 +457,8 @@ def cluster(args: argparse.Namespace, screen: Screen) -> None:
     runtime = start(args)
     stop = None if args.stop_words is None else stop_words(args.stop_words)
     with open_rows(read_source(args), args, runtime, screen, least=2) as (selection, _):
-        if args.column:
-            from common.search.builder import check_clusters
-
-            check_clusters(selection.snapshot, args.column)
+        if args.column:  # again: the index may have changed meanwhile
+            checks.check_column(args, selection.snapshot.manifest)
         labels = None
         if args.threshold is not None:  # it alone looks at all pairs, which the processes share
             options = {"min_size": args.min_size or 2, "block": args.block}
@@ -542,14 +524,12 @@ def keep_clusters(selection: Selection, labels: np.ndarray, args: argparse.Names
     """Write the numbers of clusters, from 1, to the index as a column; rows that were not looked at
     keep theirs, and those in no cluster have none.
     """
-    from common.search.builder import cluster_columns
     from common.search.index import open_store
 
     with open_store(args.index, wait=args.wait) as store:
         if store.snapshot.sha256 != selection.snapshot.sha256:
             raise UserError(f"--index {args.index}: it has changed meanwhile; run the command again")
-        made = cluster_columns(store.snapshot)
-        store.set_column(args.column, selection.rows, labels + 1, others=made)  # 0: in no cluster
+        store.set_column(args.column, selection.rows, labels + 1)  # 0: in no cluster
 
 
 # evaluate, compare-models: how good a search or a model is ----------------------------------------
@@ -579,15 +559,14 @@ def evaluate(args: argparse.Namespace, screen: Screen) -> None:
         encoder = encoder or index_encoder(args, runtime, snapshot)
         relevance.check_documents(task, lambda ids: rows_with_ids(snapshot, ids)[1], screen.say)
         ranker = Ranker(snapshot, snapshot.is_live(), words=Words(args.language), say=screen.say)
-        searcher = Searcher(ranker, encoder, rerank_depth=args.rerank_depth)
+        searcher = Searcher(ranker, encoder, reranker=reranker, rerank_depth=args.rerank_depth)
         measures = relevance.measures_at(args.at)
-        values = relevance.score_all(searcher, task, reranker=reranker, measures=measures)
-        stores = relevance.score_stores(searcher, task, args.store, measures)
+        values = relevance.score_all(searcher, task, measures, ways=["approximate", "hybrid"])
+        stores = relevance.score_stores(searcher, task, measures, stores=args.store)
         with runtime.raised_on_all():  # the other processes have helped to search, and wait
             if runtime.is_main:
                 searches = model_scores.of_searches(list(task.judgements), values)
-                differences = model_scores.differences(searches)
-                display.show_scores(screen, task, searches, differences, stores)
+                display.show_scores(screen, task, searches, stores)
                 if args.per_query:
                     display.write_query_scores(searches, args.per_query, screen)
 
@@ -622,8 +601,7 @@ def compare_models(args: argparse.Namespace, screen: Screen) -> None:
                 done.append(kept[fingerprint])
         finally:  # of those that are finished, whatever stops the others
             if done:
-                lines = [model.line() for model in done]
-                display.show_models(screen, lines, model_scores.differences(done))
+                display.show_models(screen, done)
 
 
 def score_model(

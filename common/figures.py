@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from numpy.typing import ArrayLike  # noqa: E402
 
 from common.errors import shorten  # noqa: E402
+from common.files import whole_file  # noqa: E402
 from common.intervals import wilson  # noqa: E402
 
 # rows of a confusion matrix: more would be neither readable nor small
@@ -230,13 +230,10 @@ def cluster_style(number: int) -> tuple[str, str]:
 
 def save(figure: Figure, path: Path | str) -> None:
     """Write a figure, whole or not at all, in the format of the path's ending; free its memory."""
-    path = Path(path)
-    new = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        figure.savefig(new, dpi=110)
-        new.replace(path)
+        with whole_file(Path(path)) as new:
+            figure.savefig(new, dpi=110)
     finally:
-        new.unlink(missing_ok=True)
         plt.close(figure)
 
 

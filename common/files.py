@@ -344,6 +344,17 @@ def replace_file(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a file to write, which gets its name when the block has ended well."""
+    new = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield new
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def replace_folder(new: Path, folder: Path) -> None:
     """Replace a folder by a complete new one; the old one is removed only after the new one is in
     its position.

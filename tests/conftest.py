@@ -464,6 +464,7 @@ class StubEncoder:
             "width": self.width,
             "pooling": "none",
             "max_length": self.max_length,
+            "document_prompt": None,
         }
 
     def encode_normalized(self, texts: list[str], *, role: str | None = None) -> np.ndarray:

@@ -4,9 +4,7 @@ chunks and encoded, and each block is committed before the next begins.
 
 import dataclasses
 import hashlib
-import itertools
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +20,8 @@ from common.reading import evenly_spaced
 from common.runtime import Runtime
 from common.search.display import say_notes
 from common.search.encoder import Chunk, Encoder, split_into_chunks
-from common.search.index import Snapshot, Store, open_store, whole_documents
-from common.search.manifest import Settings, store_of, taken_column
+from common.search.index import ROWS_AT_ONCE, Snapshot, Store, open_store, whole_documents
+from common.search.manifest import Settings, store_of
 from common.search.segments import (
     CHUNK,
     HASH,
@@ -41,8 +39,6 @@ from common.search.segments import (
 )
 from common.search.texts import Collection, RowTable, digest, ids_of
 
-SCAN = 10_000  # rows read at once
-MOST_TRIED = 10_000  # sets of columns that `cluster` may have made, the smallest first
 COMPARED = 8  # given vectors that are compared with the model's own
 NORM_TOLERANCE = 1e-6  # of a vector in fp32 whose norm is 1
 
@@ -61,43 +57,8 @@ def settings_of(
 def hashes_of(table: pa.Table) -> list[bytes]:
     """Return for each row the hash of its text (16 bytes) and of its columns (16 bytes)."""
     texts, rows = table[TEXT].to_pylist(), table.drop_columns([TEXT]).to_pylist()
-    return [digest(text) + _metadata_hash(row) for text, row in zip(texts, rows)]
-
-
-def _metadata_hash(row: dict[str, Any]) -> bytes:
-    """Return the hash (16 bytes) of the columns of a row."""
-    return digest(json.dumps(_plain(row), default=str, sort_keys=True))
-
-
-def cluster_columns(snapshot: Snapshot) -> list[str]:
-    """Return the columns of an index that `cluster` is known to have made.
-
-    An index that was made before the manifest noted them has the hashes of its rows alone to tell: they
-    are those of the source, in which columns of clusters have no part.
-    """
-    noted = snapshot.manifest.get("clusters")
-    if noted is not None:
-        return noted
-    numbers = [name for name, kind in snapshot.columns.items() if pa.types.is_int64(kind)]
-    sizes = range(len(numbers) + 1)
-    some = itertools.chain.from_iterable(itertools.combinations(numbers, size) for size in sizes)
-    possible = list(itertools.islice(some, MOST_TRIED))  # the first row leaves few of them
-    rows = np.flatnonzero(snapshot.is_live())
-    for start in range(0, len(rows), SCAN):
-        for row in snapshot.take(rows[start : start + SCAN], [HASH, *snapshot.columns]):
-            whole = row.pop(HASH)[16:]
-            possible = [
-                made
-                for made in possible
-                if whole == _metadata_hash({name: row[name] for name in row if name not in made})
-            ]
-    return list(possible[0]) if possible else []
-
-
-def check_clusters(snapshot: Snapshot, name: str) -> None:
-    """Raise UserError unless a column of whole numbers can be replaced by those of clusters."""
-    if name in snapshot.columns and name not in cluster_columns(snapshot):
-        raise taken_column(name, index=str(snapshot.folder), own=name)
+    columns = (json.dumps(_plain(row), default=str, sort_keys=True) for row in rows)
+    return [digest(text) + digest(others) for text, others in zip(texts, columns)]
 
 
 @dataclass
@@ -211,8 +172,8 @@ class Builder:
         self.chunks = RowTable()  # text of a chunk -> a row in the index that has its embedding
         self.seen = RowTable()  # the ids of this run
         rows = np.flatnonzero(store.snapshot.is_live())
-        for start in range(0, len(rows), SCAN):
-            here = rows[start : start + SCAN]
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            here = rows[start : start + ROWS_AT_ONCE]
             entries = store.snapshot.take(here, [ID, CHUNK, TEXT])
             self.chunks.add([digest(entry[TEXT]) for entry in entries], here)
             firsts = [number for number, entry in enumerate(entries) if entry[CHUNK] == 0]
@@ -225,7 +186,7 @@ class Builder:
         if not self.store.snapshot.num_rows:
             return
         columns = self.store.snapshot.columns
-        made = self.store.snapshot.manifest.get("clusters", [])
+        made = self.store.snapshot.manifest["clusters"]
         own = next((name for name in collection.rows.column_names if name in made), None)
         if own is not None:
             problem = f"column {own!r}: the index has one of this name that cluster made"
@@ -238,7 +199,7 @@ class Builder:
                 advice = "make the columns equal, or use another --index"
                 raise UserError(f"{collection.name}: {problem}; {advice}")
         if not self.update:
-            check_unchanged(collection, self._plan, block=SCAN)
+            check_unchanged(collection, self._plan, block=ROWS_AT_ONCE)
 
     def add(self, numbers: np.ndarray, table: pa.Table, collection: Collection) -> None:
         """Encode what is new in a block of the collection, whose rows have these numbers, and
@@ -247,10 +208,7 @@ class Builder:
         plan = self._plan(table, self.seen)
         chosen = plan.to_write  # rows of `table`
         chosen_texts = table[TEXT].take(number_array(chosen)).to_pylist()
-        if self.chunk_overlap is None:
-            chunks = [[Chunk(0, text)] for text in chosen_texts]
-        else:
-            chunks = split_into_chunks(chosen_texts, self.encoder, overlap=self.chunk_overlap)
+        chunks = split_into_chunks(chosen_texts, self.encoder, overlap=self.chunk_overlap)
         # for each chunk the position in `chosen` of its text
         owners = np.repeat(np.arange(len(chunks)), [len(parts) for parts in chunks])
         if self.given is None:
@@ -275,8 +233,8 @@ class Builder:
     def remove_unseen(self) -> None:
         """Delete the documents that this run has not met, in one commit."""
         rows, gone = np.flatnonzero(self.store.snapshot.is_live()), []
-        for start in range(0, len(rows), SCAN):
-            here = rows[start : start + SCAN]
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            here = rows[start : start + ROWS_AT_ONCE]
             ids = [entry[ID] for entry in self.store.snapshot.take(here, [ID])]
             gone.append(here[self.seen.find([digest(key) for key in ids]) < 0])
         deleted = np.concatenate([np.zeros(0, np.int64), *gone])
@@ -378,7 +336,7 @@ def read_vectors(
         advice = "name the file of these texts and this model"
         raise UserError(f"--vectors {path}: {problem}, {whose}; {advice}")
     lowest, highest = _norms(path, vectors, collection, skip_bad=skip_bad)
-    numbers, table = next(collection.blocks(SCAN))
+    numbers, table = next(collection.blocks(ROWS_AT_ONCE))
     sample = evenly_spaced(len(table), COMPARED)
     own = encoder.encode_normalized(table[TEXT].take(number_array(sample)).to_pylist(), role="document")
     cosines = (normalize(vectors[numbers[sample]]) * own).sum(1)
@@ -393,8 +351,8 @@ def _norms(path: str, vectors: np.ndarray, collection: Collection, *, skip_bad: 
     unless such rows are skipped.
     """
     lowest, highest = np.inf, 0.0
-    for start in range(0, len(vectors), SCAN):
-        norms = np.linalg.norm(vectors[start : start + SCAN].astype(np.float64), axis=1)
+    for start in range(0, len(vectors), ROWS_AT_ONCE):
+        norms = np.linalg.norm(vectors[start : start + ROWS_AT_ONCE].astype(np.float64), axis=1)
         usable = np.isfinite(norms) & (norms > 0)
         if not (usable.all() or skip_bad):
             row = start + int(np.flatnonzero(~usable)[0])
@@ -434,21 +392,20 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def progress_bar(num_texts: int) -> tqdm:
+    """Return a bar of the texts that are done, which one process draws on a terminal."""
+    hidden = None if cli.is_rank_0() else True  # None: where stderr is not a terminal
+    options = {"unit": "text", "desc": "encoding", "leave": False, "dynamic_ncols": True}
+    return tqdm(total=num_texts, disable=hidden, **options)
+
+
 def fill(builder: Builder, collection: Collection, *, block: int) -> None:
     """Write a collection to the builder's store, `block` texts per commit, with a progress bar on a
     terminal.
     """
     builder.counts.bad = len(collection.bad)
     builder.check(collection)
-    with tqdm(
-        total=len(collection),
-        unit="text",
-        desc="encoding",
-        leave=False,
-        file=sys.stderr,
-        dynamic_ncols=True,
-        disable=None if cli.is_rank_0() else True,  # nor where stderr is not a terminal
-    ) as bar:
+    with progress_bar(len(collection)) as bar:
         for numbers, table in collection.blocks(block):
             builder.add(numbers, table, collection)
             bar.update(len(table))
@@ -486,6 +443,6 @@ def check_same_texts(collection: Collection, runtime: Runtime) -> None:
     together, have read the same texts.
     """
     if runtime.world_size > 1:
-        hashes = [digest for _, table in collection.blocks(SCAN) for digest in hashes_of(table)]
+        hashes = [digest for _, table in collection.blocks(ROWS_AT_ONCE) for digest in hashes_of(table)]
         problem = "has read other texts than process 0; name a file that all machines share"
         runtime.require_same(hashlib.sha256(b"".join(hashes)).hexdigest(), problem)

@@ -7,11 +7,10 @@ from __future__ import annotations
 import contextlib
 import csv
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,21 +19,21 @@ from common import sources
 from common.cli import json_text
 from common.columns import unused_name
 from common.errors import UserError, printable, shorten
-from common.files import check_new, named_in_errors, only_writer
-from common.search.index import Snapshot
+from common.files import check_new, named_in_errors, only_writer, whole_file
+from common.search.index import ROWS_AT_ONCE, Snapshot
 from common.search.manifest import PAIR_COLUMNS
+from common.search.model_scores import ModelScores, differences
 from common.search.screen import Screen
-from common.search.segments import CHUNK, ID, NUM_CHUNKS, OWN_NAMES, ROW, START, TEXT
+from common.search.segments import CHUNK, EXPORTED, ID, NUM_CHUNKS, OWN_NAMES, ROW, START, TEXT, vector_array
 from common.terminal import cut, room
 
 if TYPE_CHECKING:  # a command shows only what it has loaded itself
     from matplotlib.figure import Figure
 
     from common.search.builder import Builder, Counts
-    from common.search.encoder import Encoder
     from common.search.mining import Groups, Pair
-    from common.search.model_scores import ModelScores
     from common.search.relevance import Task
+    from common.search.search_flags import Queries
     from common.search.searcher import Hit, HitRange, Searcher
     from common.search.selection import Selection
     from common.search.texts import Collection
@@ -44,7 +43,6 @@ TEXT_WIDTH, CENTRAL_WIDTH = 76, 60  # columns of the screen for a text in a tabl
 CELL_WIDTH = 24  # columns of the screen for a column of an index
 FIRST_NUMBERS = 10  # of an embedding, as the tutorial prints them
 SIGNIFICANT = 0.05
-ROWS_AT_ONCE = 10_000  # written to a file
 NUM_WORDS, NUM_CENTRAL = 6, 3  # of a cluster: its typical words, the texts nearest to its centre
 MATRIX_COLUMNS = 20  # of a matrix that still fits a screen
 PAIRS_IN_JSON = 1_000_000
@@ -57,11 +55,6 @@ def level(similarity: float) -> str:
     return "moderate" if similarity >= MODERATE else "low"
 
 
-def ids_of(selection: Selection) -> list[str]:
-    """Return the ids of rows, which for texts without an index are their numbers from 1."""
-    return [row[ID] for row in selection.snapshot.take(selection.rows, [ID])]
-
-
 def id_name(snapshot: Snapshot) -> str:
     """Return what an id is called: "row" where it is only the number of a text."""
     return "row" if snapshot.settings["id_column"] == ROW else "id"
@@ -72,14 +65,9 @@ def own_id(snapshot: Snapshot, key: str) -> int | str:
     return int(key) if id_name(snapshot) == "row" else key
 
 
-def key_of(document: dict[str, Any]) -> int | str:
-    """Return the id in a document of JSON."""
-    return document["id"] if "id" in document else document["row"]
-
-
-def short_id(key: int | str) -> str:
-    """Return the start of a long id, such as a hash of the text; --json has it whole."""
-    return cut(str(key), 16, 10)
+def short_id(document: dict[str, Any]) -> str:
+    """Return the id in a document of JSON, of a long one, such as a hash of the text, the start."""
+    return cut(str(document.get("id", document.get("row"))), 16, 10)
 
 
 def texts_at(
@@ -96,7 +84,7 @@ def texts_at(
 
 def label_of(row: dict[str, Any], width: int = TEXT_WIDTH) -> str:
     """Return id and text in one line."""
-    return f"{short_id(key_of(row))}: {cut(row['text'], room(width))}"
+    return f"{short_id(row)}: {cut(row['text'], room(width))}"
 
 
 def show_similarity(
@@ -110,7 +98,7 @@ def show_similarity(
     texts.
     """
     texts = texts_at(selection, range(len(selection)))
-    names = [short_id(key_of(text)) for text in texts]
+    names = [short_id(text) for text in texts]
     if len(names) <= MATRIX_COLUMNS:
         rows = [[name, *values] for name, values in zip(names, matrix)]
         screen.table(rows, ["", *names], title="cosine similarity")
@@ -266,23 +254,10 @@ def show_hits(
             if chunk := document.get("chunk"):
                 text = f"[chunk {chunk['number']} of {chunk['of']}] {text}"
             cells = _cells_of(document["columns"], names)
-            lines.append([rank, document["score"], short_id(key_of(document)), text, *cells])
+            lines.append([rank, document["score"], short_id(document), text, *cells])
         headers = ["", "score", id_name(snapshot), "text", *(cut(name, CELL_WIDTH) for name in names)]
         screen.table(lines, headers, title=f"{heading}{query}", texts=[3])
     screen.document({"queries": documents})
-
-
-def say_bad_queries(screen: Screen, count: int, why: str) -> None:
-    """Say how many queries were left out, if any were, and why the first was."""
-    if count:
-        screen.say(f"queries  {count:,} skipped; the first: {why}")
-
-
-def say_cut_queries(screen: Screen, encoder: Encoder, count: int) -> None:
-    """Say how many queries were longer than the model reads, if there are any."""
-    if count:
-        longer = f"longer than {encoder.max_length} tokens and were cut there"
-        screen.say(f"{count:,} queries are {longer}")
 
 
 def _cells_of(row: dict, names: Sequence[str]) -> list[str]:
@@ -292,7 +267,7 @@ def _cells_of(row: dict, names: Sequence[str]) -> list[str]:
 
 def hit_documents(snapshot: Snapshot, hits: list[Hit], kept: Sequence[str] | None = None) -> list[dict]:
     """Return hits as `--json` and the page have them, with the columns that are `kept`, None for all."""
-    names = snapshot.manifest["columns"] if kept is None else kept
+    names = snapshot.columns if kept is None else kept
     columns = [ID, TEXT, CHUNK, NUM_CHUNKS, START, *names]
     rows = snapshot.take([hit.row for hit in hits], columns)
     return [_hit_document(snapshot, row, hit) for row, hit in zip(rows, hits)]
@@ -317,7 +292,7 @@ def show_list(screen: Screen, selection: Selection, *, offset: int, count: int) 
     if documents is not None:
         rows = rows[np.unique(documents, return_index=True)[1]]
     snapshot, shown = selection.snapshot, rows[offset : offset + count]
-    names = list(snapshot.manifest["columns"])
+    names = list(snapshot.columns)
     entries = snapshot.take(shown, [ID, TEXT, *names])
     id_column = snapshot.settings["id_column"]
     show_entries(
@@ -338,18 +313,19 @@ def show_entries(
     """Show some of the `total` texts of an index, with the columns that are named; in the table the
     column of the ids stands once.
     """
-    others, lines = [name for name in names if name != id_column], []
-    for entry in entries:
-        text = cut(entry[TEXT], room(CENTRAL_WIDTH))
-        lines.append([short_id(entry[ID]), text, *_cells_of(entry, others)])
-    first = min(offset + 1, total)
-    title = f"{index}: {first:,} to {offset + len(entries):,} of {total:,} texts"
-    headers = ["id", "text", *(cut(name, CELL_WIDTH) for name in others)]
-    screen.table(lines, headers, title=title, texts=[1])
+    others = [name for name in names if name != id_column]
     texts = [
         {"id": entry[ID], "text": entry[TEXT], "columns": {name: entry[name] for name in names}}
         for entry in entries
     ]
+    lines = []
+    for text in texts:
+        start = cut(text["text"], room(CENTRAL_WIDTH))
+        lines.append([short_id(text), start, *_cells_of(text["columns"], others)])
+    first = min(offset + 1, total)
+    title = f"{index}: {first:,} to {offset + len(entries):,} of {total:,} texts"
+    headers = ["id", "text", *(cut(name, CELL_WIDTH) for name in others)]
+    screen.table(lines, headers, title=title, texts=[1])
     screen.document({"index": index, "of": total, "texts": texts})
 
 
@@ -357,7 +333,7 @@ def show_texts(screen: Screen, snapshot: Snapshot, documents: list[np.ndarray], 
     """Show documents, given by their rows, whole: id, columns, the text or its chunks, and with
     `vector` the embedding of each.
     """
-    names, found = list(snapshot.manifest["columns"]), []
+    names, found = list(snapshot.columns), []
     for rows in documents:
         entries = snapshot.take(rows, [ID, TEXT, START, *names])
         columns = {name: entries[0][name] for name in names}
@@ -380,8 +356,29 @@ def show_texts(screen: Screen, snapshot: Snapshot, documents: list[np.ndarray], 
     screen.document({"texts": found})
 
 
+def answer(
+    screen: Screen, searcher: Searcher, queries: Queries, hit_range: HitRange, *, kept: Sequence[str] | None
+) -> None:
+    """Show the hits of queries, or of those from a prompt if there are none; say how many were left
+    out, and how many were longer than the model reads.
+    """
+    if not queries.texts:
+        answer_prompt(screen, searcher, hit_range, kept=kept)
+        return
+    if queries.bad:
+        screen.say(f"queries  {len(queries.bad):,} skipped; the first: {queries.why}")
+    encoder = searcher.encoder
+    assert encoder is not None
+    num_cut = encoder.num_cut  # of the texts, which are told already
+    hits = queries.with_empty(searcher.search(queries.good, hit_range.depth))
+    show_hits(screen, searcher.snapshot, queries.texts, hits, hit_range, kept=kept, skipped=queries.bad)
+    if num_cut := encoder.num_cut - num_cut:
+        longer = f"longer than {encoder.max_length} tokens and were cut there"
+        screen.say(f"{num_cut:,} queries are {longer}")
+
+
 def answer_prompt(
-    screen: Screen, searcher: Searcher, hit_range: HitRange, *, kept: Sequence[str] | None = None
+    screen: Screen, searcher: Searcher, hit_range: HitRange, *, kept: Sequence[str] | None
 ) -> None:
     """Answer queries from standard input until it ends or an empty line comes; with --json one
     document per query.
@@ -406,8 +403,8 @@ def answer_prompt(
 
 
 @contextlib.contextmanager
-def open_output(path: str | None) -> Iterator[TextIO | None]:
-    """Open the CSV file of --pairs-file for writing, as its only writer; None stays None."""
+def open_pairs(path: str | None) -> Iterator[Any]:
+    """Yield the writer of the CSV file of --pairs-file, which has its header; None stays None."""
     if path is None:
         yield None
         return
@@ -416,26 +413,25 @@ def open_output(path: str | None) -> Iterator[TextIO | None]:
         named_in_errors(Path(path)),
         open(path, "w", encoding="utf-8", newline="") as file,
     ):
-        yield file
+        writer = csv.writer(file)
+        writer.writerow(PAIR_COLUMNS)
+        yield writer
 
 
 def collect_groups(
     selection: Selection,
     parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    file: TextIO | None,
+    writer: Any,
     *,
     keep: bool,
 ) -> tuple[Groups, list[tuple[str, str, float]]]:
-    """Join pairs into groups as they come. Write each pair to a CSV `file` if there is one; else,
-    with `keep`, return the pairs too (ids and cosine).
+    """Join pairs into groups as they come. Give each pair to the `writer` of a CSV if there is one;
+    else, with `keep`, return the pairs too (ids and cosine).
     """
     from common.search.mining import Groups
 
-    groups, ids = Groups(len(selection)), ids_of(selection)
+    groups, ids = Groups(len(selection)), selection.ids()
     kept: list[tuple[str, str, float]] = []
-    writer = csv.writer(file) if file else None
-    if writer:
-        writer.writerow(PAIR_COLUMNS)
     for left, right, scores in parts:
         groups.join(left, right)
         rows = zip(left, right, scores.tolist())
@@ -471,7 +467,7 @@ def show_groups(
     lines = []
     for number, texts in enumerate(lists, start=1):
         for text in texts:
-            lines.append([number, short_id(text[name]), cut(text["text"], room(TEXT_WIDTH))])
+            lines.append([number, short_id(text), cut(text["text"], room(TEXT_WIDTH))])
     screen.table(lines, ["group", name, "text"], texts=[2])
     screen.document(
         {
@@ -495,7 +491,7 @@ def show_dedupe(
 
 
 def write_rows(
-    selection: Selection, positions: np.ndarray, path: str, *, text_column: str, order: Sequence[str] = ()
+    selection: Selection, positions: np.ndarray, path: str, *, text_column: str, order: Sequence[str]
 ) -> int:
     """Write the texts at some positions with their columns to a new JSONL, CSV or Parquet file,
     whole or not at all, and return how many they are. The texts are in `text_column`, unless another
@@ -515,11 +511,12 @@ def write_rows(
             yield [dict(zip(schema.names, (entry[name] for name in names))) for entry in entries]
 
     with _whole_file(path, "--output") as new:
-        _write_blocks(new, Path(path).suffix.lower(), schema, blocks())
+        _write_blocks(new, schema, blocks())
     return len(rows)
 
 
-def _write_blocks(path: Path, kind: str, schema: pa.Schema, blocks: Iterator[list[dict]]) -> None:
+def _write_blocks(path: Path, schema: pa.Schema, blocks: Iterator[list[dict]]) -> None:
+    kind = path.suffix.lower()
     if kind == ".parquet":
         from pyarrow import parquet
 
@@ -548,14 +545,9 @@ def save_vectors(vectors: np.ndarray, path: str, screen: Screen) -> None:
 
 @contextlib.contextmanager
 def _whole_file(path: str, flag: str) -> Iterator[Path]:
-    """Yield the path of a file to write, which gets its name when the block has ended well."""
-    new = Path(path).with_name(f".{os.getpid()}-{Path(path).name}")
-    with only_writer(Path(path), flag=flag), named_in_errors(Path(path)):
-        try:
-            yield new
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
+    """Yield the path of a file to write, whole or not at all, as its only writer."""
+    with only_writer(Path(path), flag=flag), named_in_errors(Path(path)), whole_file(Path(path)) as new:
+        yield new
 
 
 def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, words: list[list[str]]) -> None:
@@ -563,7 +555,7 @@ def show_clusters(screen: Screen, selection: Selection, labels: np.ndarray, word
     from common.search.mining import NO_CLUSTER, nearest_to_centre
 
     snapshot, lines, documents = selection.snapshot, [], []
-    ids = [own_id(snapshot, key) for key in ids_of(selection)]
+    ids = [own_id(snapshot, key) for key in selection.ids()]
     for number, own_words in enumerate(words):
         members = np.flatnonzero(labels == number)
         nearest = nearest_to_centre(selection, members, count=NUM_CENTRAL)
@@ -592,7 +584,7 @@ def write_clusters(selection: Selection, labels: np.ndarray, path: str, screen: 
     with _whole_file(path, "--output") as new, open(new, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([id_name(selection.snapshot), "cluster"])
-        for key, label in zip(ids_of(selection), labels.tolist()):
+        for key, label in zip(selection.ids(), labels.tolist()):
             writer.writerow([key, "" if label < 0 else label + 1])
     screen.say(f"clusters {path}: the number of each {id_name(selection.snapshot)}")
 
@@ -607,18 +599,14 @@ def save_figure(figure: Figure, path: str, screen: Screen) -> None:
 
 
 def show_scores(
-    screen: Screen,
-    task: Task,
-    searches: list[ModelScores],
-    differences: list[dict],
-    stores: dict[str, dict[str, float]],
+    screen: Screen, task: Task, searches: list[ModelScores], stores: dict[str, dict[str, float]]
 ) -> None:
     """Show the measures of each way of searching, a star where one differs from the first, and how
     sure the first measure is; and the measures of each way to keep vectors.
     """
-    scores = {one.model: one.scores() for one in searches}
+    found, scores = differences(searches), {one.model: one.scores() for one in searches}
     intervals = {one.model: one.intervals() for one in searches}
-    against = {(one["model"], one["measure"]): one for one in differences}
+    against = {(one["model"], one["measure"]): one for one in found}
     first, measures = searches[0].model, list(searches[0].values)
     rows, lines = [], []
     for name, values in scores.items():
@@ -637,7 +625,7 @@ def show_scores(
     headers = ["search", measures[0], interval, f"minus {first}", interval, "p (Holm)"]
     screen.table([line + [""] * (len(headers) - len(line)) for line in lines], headers)
     document = {"task": task.name, "queries": queries, "scores": scores}
-    document |= {"intervals": intervals, "differences": differences}
+    document |= {"intervals": intervals, "differences": found}
     if stores:
         rows = [[name, *values.values()] for name, values in stores.items()]
         headers = ["store", *next(iter(stores.values()))]
@@ -672,13 +660,14 @@ def show_sts(screen: Screen, file: str, scores: dict[str, int | float]) -> None:
     screen.document({"file": file, **scores})
 
 
-def show_models(screen: Screen, lines: list[dict], differences: list[dict]) -> None:
+def show_models(screen: Screen, models: list[ModelScores]) -> None:
     """Show one line per model, and how each differs from the first one."""
+    lines, found = [model.line() for model in models], differences(models)
     headers = [name.replace("_", " ") for name in lines[0]]
     screen.table([list(line.values()) for line in lines], headers)
-    if differences:
+    if found:
         rows = []
-        for one in differences:
+        for one in found:
             interval = _range(one["interval"], "{:+.3f}")
             values = [f"{one['difference']:+.3f}", interval]
             values += [f"{one[name]:.4f}" for name in ("p", "p_holm")]
@@ -686,7 +675,7 @@ def show_models(screen: Screen, lines: list[dict], differences: list[dict]) -> N
         headers = ["model", "measure", "difference", "95 % interval", "p", "p (Holm)"]
         title = f"against {lines[0]['model']}, query by query (randomization)"
         screen.table(rows, headers, title=title)
-    screen.document({"models": lines, "differences": differences})
+    screen.document({"models": lines, "differences": found})
 
 
 def write_export(
@@ -696,52 +685,46 @@ def write_export(
     all: Parquet with a column `vector`, an array of NumPy, an index of FAISS (inner
     product, exact). All have the same order.
     """
-    fresh = {path: f"{path}.{os.getpid()}.part" for path in paths}
-    try:
-        with contextlib.ExitStack() as files:
+    with contextlib.ExitStack() as whole:
+        fresh = {path: whole.enter_context(whole_file(Path(path))) for path in dict.fromkeys(paths)}
+        with contextlib.ExitStack() as files:  # all are closed before one gets its name
             add: dict[str, Callable[[pa.Table, np.ndarray], object]] = {}
             for table, vectors in parts:
-                for path, part in fresh.items():
+                for path, new in fresh.items():
                     if path not in add:
                         files.enter_context(named_in_errors(Path(path)))
-                        kind, size = Path(path).suffix, (total, vectors.shape[1])
-                        add[path] = files.enter_context(_open_export(part, kind, table.schema, size))
+                        size = (total, vectors.shape[1])
+                        add[path] = files.enter_context(_open_export(new, table.schema, size))
                     add[path](table, vectors)
-        for path, part in fresh.items():
-            os.rename(part, path)
-            screen.say(f"export   {path}: {total:,} rows")
-    finally:
-        for part in fresh.values():
-            Path(part).unlink(missing_ok=True)
+    for path in fresh:
+        screen.say(f"export   {path}: {total:,} rows")
     screen.document({"rows": total, "files": paths})
 
 
 @contextlib.contextmanager
 def _open_export(
-    path: str, kind: str, schema: pa.Schema, size: tuple[int, int]
+    path: Path, schema: pa.Schema, size: tuple[int, int]
 ) -> Iterator[Callable[[pa.Table, np.ndarray], object]]:
-    """Yield the function that adds rows and their vectors to a file of some kind, which will hold
-    rows of a schema and vectors of this size (rows, width).
+    """Yield the function that adds rows and their vectors to a file, whose suffix is its format; it
+    will hold rows of a schema and vectors of this size (rows, width).
     """
-    if kind == ".npy":
+    if path.suffix == ".npy":
         with open(path, "wb") as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": size}
             np.lib.format.write_array_header_1_0(file, header)
             yield lambda _, vectors: vectors.astype("<f4").tofile(file)
-    elif kind == ".faiss":
+    elif path.suffix == ".faiss":
         import faiss
 
         index = faiss.IndexFlatIP(size[1])
         yield lambda _, vectors: index.add(np.ascontiguousarray(vectors))
-        faiss.write_index(index, path)
+        faiss.write_index(index, str(path))
     else:
-        import pyarrow.parquet as pq
-
-        from common.search.segments import EXPORTED, vector_array
+        from pyarrow import parquet
 
         name = unused_name("vector", schema.names)
         field = pa.field(name, pa.list_(pa.float32(), size[1]), metadata=EXPORTED)
-        with pq.ParquetWriter(path, schema.append(field)) as file:
+        with parquet.ParquetWriter(path, schema.append(field)) as file:
             yield lambda table, vectors: file.write_table(table.append_column(field, vector_array(vectors)))
 
 
@@ -756,7 +739,7 @@ def write_projection(screen: Screen, selection: Selection, folder: str, *, most:
 
     snapshot, total = selection.snapshot, len(selection)
     chosen = selection.rows[evenly_spaced(total, most)]
-    columns = [ID, TEXT, *snapshot.manifest["columns"]]
+    columns = [ID, TEXT, *snapshot.columns]
     metadata = []
     for row in snapshot.take(chosen, columns):
         # in one line: a tab or a line end would split a cell

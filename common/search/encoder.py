@@ -287,12 +287,15 @@ def chunk_size(encoder: Encoder, overlap: int) -> int:
     return size
 
 
-def split_into_chunks(texts: list[str], encoder: Encoder, *, overlap: int) -> list[list[Chunk]]:
+def split_into_chunks(texts: list[str], encoder: Encoder, *, overlap: int | None) -> list[list[Chunk]]:
     """Return the chunks of each text, each of at most the encoder's max_length in tokens.
 
-    Neighbours share about `overlap` tokens. A chunk ends between two words, unless a word alone is
-    too long. A text that fits stays whole. Raises UserError as chunk_size() does.
+    Neighbours share about `overlap` tokens; None: no text is split. A chunk ends between two words,
+    unless a word alone is too long. A text that fits stays whole. Raises UserError as chunk_size()
+    does.
     """
+    if overlap is None:
+        return [[Chunk(0, text)] for text in texts]
     size, chunks = chunk_size(encoder, overlap), []
     for start in range(0, len(texts), SPLIT_AT_ONCE):
         block = texts[start : start + SPLIT_AT_ONCE]
@@ -409,8 +412,14 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
     )
 
 
-def load_index_encoder(config: EncoderConfig, runtime: Runtime, index: str, settings: Settings) -> Encoder:
-    """Return the encoder of an index with these settings; refuse flags that name another."""
+def load_index_encoder(
+    config: EncoderConfig, runtime: Runtime, index: str, settings: Settings | None
+) -> Encoder:
+    """Return the encoder of an index with these settings; refuse flags that name another. None: of
+    one that is not there yet.
+    """
+    if settings is None:
+        return load_encoder(config, runtime)
     encoder = load_encoder(config.with_defaults(settings), runtime)
     if config.dimensions is None:  # as many of the model's as the index was made with
         encoder.model.width = min(encoder.width, settings["width"])

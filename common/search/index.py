@@ -60,7 +60,7 @@ from common.search.segments import (
     write_arrow,
 )
 
-ROWS_AT_ONCE = 10_000  # whose texts are in memory
+ROWS_AT_ONCE = 10_000  # that are in memory
 CACHE_PREFIX = "cache-"  # of the folder of a cache
 CACHE_STAMP = "stamp"  # the file of a cache that says which state of the index it was made of
 ABANDONED = 86_400  # seconds after which an unfinished cache must be that of a killed process
@@ -301,12 +301,12 @@ class Store:
         """Rewrite the live rows, in their order, into few large files without deleted rows."""
         self._rewrite(0, np.flatnonzero(self.snapshot.is_live()))
 
-    def set_column(self, name: str, rows: np.ndarray, numbers: np.ndarray, *, others: Sequence[str]) -> None:
+    def set_column(self, name: str, rows: np.ndarray, numbers: np.ndarray) -> None:
         """Commit whole numbers (n) of some rows (n) as a column, null in the place of 0; other rows
         keep theirs. The hashes stay those of the source, so that its rows count as unchanged; the
-        manifest remembers that the column, and `others` like it, are not of the source.
+        manifest remembers that the column is not of the source.
         """
-        made = [*others, name]
+        made = [*self.snapshot.manifest["clusters"], name]
         self.snapshot.manifest = {**self.snapshot.manifest, "clusters": list(dict.fromkeys(made))}
         all_rows = np.arange(self.snapshot.num_rows)
         values: list[int | None] = [None] * len(all_rows)
@@ -407,9 +407,8 @@ class Store:
         """Commit: from the rename on, readers see the new state. Then remove the old files."""
         manifest: Manifest = {**self.snapshot.manifest, "generation": self._generation}
         manifest["columns"] = {name: str(kind) for name, kind in columns.items()}
-        if "clusters" in manifest:  # an index without rows has no columns any more
-            made = manifest["clusters"] if segments else []
-            manifest["clusters"] = [name for name in made if name in columns]
+        made = manifest["clusters"] if segments else []  # an index without rows has no columns any more
+        manifest["clusters"] = [name for name in made if name in columns]
         manifest["segments"] = [segment.entry for segment in segments]
         manifest["sha256"] = seal({**manifest, "sha256": None})
         replace_file(self.folder / MANIFEST, json.dumps(manifest, indent=1))

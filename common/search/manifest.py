@@ -29,7 +29,7 @@ class Identity(TypedDict):
     width: int
     pooling: str
     max_length: int
-    document_prompt: NotRequired[str | None]  # given by a flag, None: the model's own
+    document_prompt: str | None  # given by a flag, None: the model's own
 
 
 class Settings(Identity):
@@ -39,8 +39,8 @@ class Settings(Identity):
 
     id_column: str | None
     chunk_overlap: int | None
-    query_prompt: NotRequired[str | None]
-    store: NotRequired[str | None]  # one of STORES; missing in older indexes: fp32
+    query_prompt: str | None
+    store: str | None  # one of STORES, None: fp32
 
 
 # the settings of an index, and the flag that must agree with each
@@ -73,7 +73,7 @@ class EncoderConfig:
     def with_defaults(self, settings: Settings) -> "EncoderConfig":
         """Return the configuration with other defaults: those of an index."""
         prompts = (self.query_prompt, self.document_prompt)
-        indexed = (settings.get("query_prompt"), settings.get("document_prompt"))
+        indexed = (settings["query_prompt"], settings["document_prompt"])
         query, document = (own if given is None else given for given, own in zip(prompts, indexed))
         return replace(
             self,
@@ -156,7 +156,7 @@ class Manifest(TypedDict):
     generation: int  # the number of the state, one higher with each commit
     settings: Settings
     columns: dict[str, str]
-    clusters: NotRequired[list[str]]  # missing in older indexes, which do not know
+    clusters: list[str]
     segments: list[FileEntry]
     sha256: str | None
 
@@ -199,8 +199,8 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
     """Raise ValueError, saying what is wrong, unless a manifest says what a store writes: settings,
     columns, and files under the names that a store gives.
     """
-    parts = ("settings", "columns", "segments")
-    settings, columns, segments = (manifest.get(name) for name in parts)
+    parts = ("settings", "columns", "clusters", "segments")
+    settings, columns, clusters, segments = (manifest.get(name) for name in parts)
     if not isinstance(settings, dict):
         raise ValueError("settings are missing")
     check_values(settings)
@@ -208,9 +208,9 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
         raise ValueError("generation is no number")
     if not isinstance(columns, dict) or not all(isinstance(kind, str) for kind in columns.values()):
         raise ValueError("columns are missing")
-    clusters = manifest.get("clusters", [])
-    if not isinstance(clusters, list) or not all(name in [*columns] for name in clusters):
-        raise ValueError("clusters are no columns")
+    numbers = [name for name, kind in columns.items() if kind == "int64"]
+    if not isinstance(clusters, list) or not all(name in numbers for name in clusters):
+        raise ValueError("clusters are no columns of whole numbers")
     if not isinstance(segments, list):
         raise ValueError("segments are missing")
     for entry in segments:
@@ -228,8 +228,10 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
 def check_values(settings: Mapping[str, Any]) -> None:
     """Raise ValueError, saying which one, for a setting that no index can have."""
     for name, is_valid in VALID_SETTINGS.items():
-        if not is_valid(settings.get(name)):
-            raise ValueError(f"the setting {name} is {shorten(repr(settings.get(name)), 40)}")
+        if name not in settings:
+            raise ValueError(f"the setting {name} is missing")
+        if not is_valid(settings[name]):
+            raise ValueError(f"the setting {name} is {shorten(repr(settings[name]), 40)}")
 
 
 def _check_entry(entry: object, kind: str) -> None:
@@ -274,7 +276,7 @@ VALID_SETTINGS: dict[str, Callable[[Any], bool]] = {
 
 def store_of(settings: Settings) -> str:
     """Return how the vectors of an index are kept."""
-    return settings.get("store") or "fp32"
+    return settings["store"] or "fp32"
 
 
 def bytes_of_vector(store: str, width: int) -> int:
@@ -285,12 +287,6 @@ def bytes_of_vector(store: str, width: int) -> int:
 def damaged(path: Path, reason: str) -> UserError:
     """Return the mistake that a file of an index is damaged."""
     return UserError(f"{path}: damaged ({reason}); {ADVICE}")
-
-
-def taken_column(name: str, *, index: str, own: str) -> UserError:
-    """Return the mistake that clusters would replace a column of an index, its `own`."""
-    problem = f"{index} has a column {own!r}, and nothing says that cluster made it"
-    return UserError(f"--column {name}: {problem}; give another --column")
 
 
 def entries_of(manifest: Manifest) -> dict[str, FileEntry]:
@@ -364,7 +360,7 @@ def check_settings(index: str, wanted: Mapping[str, object], settings: Settings)
     which need not be all of them.
     """
     for name, flag in CHECKED_SETTINGS.items():
-        if name in wanted and wanted[name] != settings.get(name):  # older indexes lack some
+        if name in wanted and wanted[name] != settings.get(name):
             was, now = _describe_setting(name, settings), _describe_setting(name, wanted)
             problem = f"it was made {was}, not {now}; their embeddings or rows can't be compared"
             raise UserError(f"--index {index}: {problem}; give the same {flag}, or another --index")

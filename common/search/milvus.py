@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import torch
-from tqdm import tqdm
 
 from common import cli
 from common.errors import Interrupted, UserError, one_line
@@ -35,6 +34,7 @@ from common.search.builder import (
     check_unchanged,
     hashes_of,
     make_plan,
+    progress_bar,
     repeated_rows,
     settings_of,
 )
@@ -43,7 +43,6 @@ from common.search.encoder import (
     Chunk,
     Encoder,
     chunk_size,
-    load_encoder,
     load_index_encoder,
     load_reranker,
     split_into_chunks,
@@ -113,7 +112,6 @@ class MilvusCollection:
         self, client: MilvusClient, target: Target, settings: Settings, columns: dict[str, str]
     ) -> None:
         self.client, self.target, self.settings, self.columns = client, target, settings, columns
-        self.manifest = {"columns": columns}
         self.found: list[dict[str, Any]] = []
         self.number_of: dict[str, int] = {}  # key -> position in `found`
 
@@ -176,12 +174,13 @@ class MilvusCollection:
 
 # Opening and making a collection ------------------------------------------------------------------
 
-MILVUS_TYPES = {"string": "VARCHAR", "large_string": "VARCHAR", "bool": "BOOL"}
 WHOLE = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
-MILVUS_TYPES |= dict.fromkeys(WHOLE, "INT64")
-MILVUS_TYPES |= dict.fromkeys(("halffloat", "float", "double"), "DOUBLE")
-ARROW_TYPES = {"VARCHAR": pa.string(), "BOOL": pa.bool_(), "INT64": pa.int64()}
-ARROW_TYPES["DOUBLE"] = pa.float64()
+MILVUS_TYPES = {
+    **{"string": "VARCHAR", "large_string": "VARCHAR", "bool": "BOOL"},
+    **dict.fromkeys(WHOLE, "INT64"),
+    **dict.fromkeys(("halffloat", "float", "double"), "DOUBLE"),
+}
+ARROW_TYPES = {"VARCHAR": pa.string(), "BOOL": pa.bool_(), "INT64": pa.int64(), "DOUBLE": pa.float64()}
 
 
 def open_collection(client: MilvusClient, target: Target) -> MilvusCollection | None:
@@ -276,7 +275,7 @@ def make_collection(
 # Writing ------------------------------------------------------------------------------------------
 
 
-def key_of(document: str, chunk: int) -> str:
+def primary_key(document: str, chunk: int) -> str:
     """Return the primary key of a chunk of a document with this id."""
     return f"{digest(document).hex()}-{chunk:08d}"
 
@@ -310,8 +309,7 @@ class Writer:
     def fill(self, collection: Collection, *, block: int) -> None:
         """Write the share of this process, `block` texts at a time."""
         self.counts.bad = len(collection.bad) if self.rank == 0 else 0
-        bar = tqdm(total=len(collection), unit="text", desc="encoding", leave=False, disable=None)
-        with bar:
+        with progress_bar(len(collection)) as bar:
             for number, (numbers, table) in enumerate(collection.blocks(block)):
                 if number % self.world_size == self.rank:
                     self._add(numbers, table, collection)
@@ -324,8 +322,8 @@ class Writer:
         to which they are added.
         """
         ids, hashes = ids_of(table, self.store.settings["id_column"]), hashes_of(table)
-        there = self.store.stored([key_of(key, 0) for key in ids], [HASH])
-        rows = [there.get(key_of(key, 0)) for key in ids]
+        there = self.store.stored([primary_key(key, 0) for key in ids], [HASH])
+        rows = [there.get(primary_key(key, 0)) for key in ids]
         known = np.array([row is not None for row in rows], bool)
         same = np.array([row is not None and row[HASH] == own.hex() for row, own in zip(rows, hashes)], bool)
         return make_plan(ids, hashes, known=known, same=same, seen=seen)
@@ -335,21 +333,19 @@ class Writer:
         chosen = plan.to_write
         texts = [table[TEXT][int(row)].as_py() for row in chosen]
         overlap = self.store.settings["chunk_overlap"]
-        chunks = [[Chunk(0, text)] for text in texts]
-        if overlap is not None:
-            chunks = split_into_chunks(texts, self.encoder, overlap=overlap)
+        chunks = split_into_chunks(texts, self.encoder, overlap=overlap)
         flat = [chunk.text for parts in chunks for chunk in parts]
         vectors = self.encoder.encode_normalized(flat, role="document")
         ends = np.cumsum([len(parts) for parts in chunks])
         rows: list[dict[str, Any]] = []
         surplus: list[str] = []
         metadata = table.drop_columns([TEXT]).to_pylist()
-        replaced = [key_of(plan.ids[row], 0) for row in np.flatnonzero(plan.changed)]
+        replaced = [primary_key(plan.ids[row], 0) for row in np.flatnonzero(plan.changed)]
         there = self.store.stored(replaced, [NUM_CHUNKS])
         written: list[int] = []
         for row, parts, end in zip(chosen, chunks, ends):
             own = vectors[end - len(parts) : end]
-            reason = self._reason(parts, own, plan.ids[row])
+            reason = refusal(plan.ids[row], parts, own)
             if reason and not self.skip_bad:
                 location = collection.location(numbers[row])
                 raise UserError(f"{location}: {reason}; remove the row, or skip it with --skip-bad")
@@ -359,22 +355,13 @@ class Writer:
             shared = {ID: plan.ids[row], HASH: plan.hashes[row].hex(), NUM_CHUNKS: len(parts)}
             shared |= metadata[row]
             for number, (chunk, vector) in enumerate(zip(parts, own)):
-                place = {KEY: key_of(plan.ids[row], number), CHUNK: number, START: chunk.start}
+                place = {KEY: primary_key(plan.ids[row], number), CHUNK: number, START: chunk.start}
                 rows.append({**shared, **place, TEXT: chunk.text, VECTOR: vector.tolist()})
-            size = there[key_of(plan.ids[row], 0)][NUM_CHUNKS] if plan.changed[row] else 0
-            surplus += [key_of(plan.ids[row], number) for number in range(len(parts), size)]
+            size = there[primary_key(plan.ids[row], 0)][NUM_CHUNKS] if plan.changed[row] else 0
+            surplus += [primary_key(plan.ids[row], number) for number in range(len(parts), size)]
         self._write(rows, surplus)
         self.counts.add(plan, np.array(written, np.int64))
         self.counts.encoded, self.counts.cut = self.encoder.num_encoded, self.encoder.num_cut
-
-    def _reason(self, parts: list[Chunk], vectors: np.ndarray, document: str) -> str | None:
-        """Return why a document can't be written, None if it can."""
-        if not np.isfinite(vectors).all():
-            return "the embedding of this text has norm zero, NaN or infinity"
-        texts = [document, *(chunk.text for chunk in parts)]
-        if any(len(text.encode()) > LONGEST_TEXT for text in texts):
-            return f"Milvus keeps at most {LONGEST_TEXT:,} bytes of a text; --chunk splits long ones"
-        return None
 
     def _write(self, rows: list[dict[str, Any]], surplus: list[str]) -> None:
         """Write the later chunks of documents, delete those that are too many, and then write the
@@ -392,6 +379,15 @@ class Writer:
                     self.store.client.delete(name, ids=surplus[start : start + ASKED])
 
 
+def refusal(document: str, chunks: list[Chunk], vectors: np.ndarray) -> str | None:
+    """Return why a document with this id can't be written, None if it can."""
+    if not np.isfinite(vectors).all():
+        return "the embedding of this text has norm zero, NaN or infinity"
+    if any(len(text.encode()) > LONGEST_TEXT for text in [document, *(chunk.text for chunk in chunks)]):
+        return f"Milvus keeps at most {LONGEST_TEXT:,} bytes of a text; --chunk splits long ones"
+    return None
+
+
 def settings_there(target: Target) -> Settings | None:
     """Return the settings of a collection, None where there is none yet."""
     with connected(target) as client:
@@ -399,26 +395,26 @@ def settings_there(target: Target) -> Settings | None:
         return store.settings if store else None
 
 
-@dataclass(frozen=True)
-class Job:
-    """How texts are written; with `shares`, each process encodes and writes some of the blocks."""
-
-    id_column: str | None
-    chunk_overlap: int | None
-    update: bool
-    skip_bad: bool
-    block: int
-    shares: bool
+def shares_writing(runtime: Runtime, target: Target) -> bool:
+    """Return whether each process encodes and writes some of the blocks: one alone can have a file open."""
+    return runtime.world_size > 1 and not target.is_file
 
 
-def index_texts(target: Target, collection: Collection, encoder: Encoder, screen: Screen, job: Job) -> None:
+def index_texts(
+    args: argparse.Namespace,
+    collection: Collection,
+    encoder: Encoder,
+    options: search_flags.IndexOptions,
+    screen: Screen,
+) -> None:
     """Write texts to a collection, which is made if it is not there. Raises UserError
     when it was made with other settings.
     """
-    settings = settings_of(encoder, id_column=job.id_column, chunk_overlap=job.chunk_overlap)
-    if job.chunk_overlap is not None:
-        chunk_size(encoder, job.chunk_overlap)  # refuses one that is too large, before any writing
-    runtime, started = encoder.runtime, time.perf_counter()
+    settings, started = settings_of(encoder, **options), time.perf_counter()
+    if settings["chunk_overlap"] is not None:
+        chunk_size(encoder, settings["chunk_overlap"])  # refuses one that is too large, before any writing
+    target, runtime = parse_target(args.index), encoder.runtime
+    shares = shares_writing(runtime, target)
 
     def prepare() -> None:
         store = open_collection(client, target)
@@ -426,21 +422,21 @@ def index_texts(target: Target, collection: Collection, encoder: Encoder, screen
             make_collection(client, target, settings, columns_of(collection))
             store = existing_collection(client, target)
         check_settings(target.name, settings, store.settings)
-        Writer(store, encoder, update=job.update).check(collection, job.block)
+        Writer(store, encoder, update=args.update).check(collection, args.block)
 
     with connected(target) as client:
-        if job.shares:
+        if shares:
             runtime.broadcast_from_main(prepare)  # the others wait
             encoder = dataclasses.replace(encoder, runtime=runtime.alone)
         else:
             prepare()
         store = existing_collection(client, target)
-        writer = Writer(store, encoder, update=job.update, skip_bad=job.skip_bad)
-        if job.shares:
+        writer = Writer(store, encoder, update=args.update, skip_bad=args.skip_bad)
+        if shares:
             writer.rank, writer.world_size = runtime.rank, runtime.world_size
-        writer.fill(collection, block=job.block)
+        writer.fill(collection, block=args.block)
         counts = writer.counts
-        if job.shares:
+        if shares:
             own = torch.tensor(list(vars(counts).values()), device=runtime.device)
             total = runtime.all_reduce_sum(own)
             counts = Counts(*total.tolist())
@@ -460,8 +456,8 @@ def show_collection(screen: Screen, store: MilvusCollection, **more: Any) -> Non
 
 def unknown_ids(store: MilvusCollection, ids: list[str]) -> list[str]:
     """Return the ids of documents that are not there."""
-    there = store.stored([key_of(key, 0) for key in ids], [ID])
-    return [key for key in ids if key_of(key, 0) not in there]
+    there = store.stored([primary_key(key, 0) for key in ids], [ID])
+    return [key for key in ids if primary_key(key, 0) not in there]
 
 
 def delete_rows(store: MilvusCollection, ids: list[str], condition: str | None) -> int:
@@ -701,24 +697,18 @@ def run_index(args: argparse.Namespace, screen: Screen) -> None:
     target, config = parse_target(args.index), search_flags.encoder_config(args)
     existing = runtime.broadcast_from_main(lambda: settings_there(target))
     options = search_flags.index_options(args, existing)
-    id_column, overlap = options["id_column"], options["chunk_overlap"]
-    shares = runtime.world_size > 1 and not target.is_file
-    collection = None
+    shares, collection = shares_writing(runtime, target), None
     with runtime.raised_on_all():  # mistakes in the texts are reported before the model is loaded
         if shares or runtime.is_main:
-            collection = search_flags.read_texts(args, id_column)
-    if existing:
-        encoder = load_index_encoder(config, runtime, args.index, existing)
-    else:
-        encoder = load_encoder(config, runtime)
+            collection = search_flags.read_texts(args, options["id_column"])
+    encoder = load_index_encoder(config, runtime, args.index, existing)
     if collection is None:
         encoder.run_worker()
         return
     cli.exit_at_signals()
-    job = Job(id_column, overlap, args.update, args.skip_bad, args.block, shares)
     try:
         with contextlib.nullcontext() if shares else encoder.workers():
-            index_texts(target, collection, encoder, screen, job)
+            index_texts(args, collection, encoder, options, screen)
     except SystemExit as stopped:
         message = f"stopped; what was written is in {args.index}, and the same command continues"
         raise Interrupted(message, int(stopped.code or 0)) from None
@@ -743,13 +733,7 @@ def run_search(args: argparse.Namespace, screen: Screen) -> None:
         kept = search_flags.kept_columns(args, store.columns, f"--index {args.index}")
     with opened_searcher(args, runtime, hybrid=args.hybrid, where=args.where) as searcher:
         hit_range = HitRange(args.top_k, args.offset, args.min_score)
-        if queries.texts:
-            display.say_bad_queries(screen, len(queries.bad), queries.why)
-            hits = queries.with_empty(searcher.search(queries.good, hit_range.depth))
-            display.show_hits(screen, searcher.snapshot, queries.texts, hits, hit_range, kept=kept)
-            display.say_cut_queries(screen, searcher.encoder, searcher.encoder.num_cut)
-        else:
-            display.answer_prompt(screen, searcher, hit_range, kept=kept)
+        display.answer(screen, searcher, queries, hit_range, kept=kept)
 
 
 def run_evaluate(args: argparse.Namespace, screen: Screen) -> None:
@@ -760,15 +744,9 @@ def run_evaluate(args: argparse.Namespace, screen: Screen) -> None:
     task = relevance.read_task(args.queries, args.qrels, args.encoding)
     with opened_searcher(args, runtime) as searcher:
         relevance.check_documents(task, lambda ids: unknown_ids(searcher.snapshot, ids), screen.say)
-        ways = {"exact": searcher, "hybrid": searcher.ranked(hybrid=True)}
-        if searcher.reranker:
-            ways["reranked"] = searcher
-            ways["exact"] = dataclasses.replace(searcher, reranker=None)
-            ways["hybrid"] = dataclasses.replace(ways["hybrid"], reranker=None)
-        measures = relevance.measures_at(args.at)
-        values = {name: relevance.scores_of(way, task, measures) for name, way in ways.items()}
+        values = relevance.score_all(searcher, task, relevance.measures_at(args.at), ways=["hybrid"])
         searches = model_scores.of_searches(list(task.judgements), values)
-        display.show_scores(screen, task, searches, model_scores.differences(searches), {})
+        display.show_scores(screen, task, searches, {})
         if args.per_query:
             display.write_query_scores(searches, args.per_query, screen)
 

@@ -353,17 +353,17 @@ class Server:
             except ApiError as error:
                 response = web.json_response(error.content(), status=error.status)
             except Refused as error:
-                response = problem(request, error.status, str(error))
+                response = refusal(request, error.status, str(error))
             except UserError as error:
-                response = problem(request, 400, str(error))
+                response = refusal(request, 400, str(error))
             except web.HTTPException as error:
                 named = f"{error.reason}: {request.method} {shorten(request.path, 60)}"
-                response = problem(request, error.status, named)
+                response = refusal(request, error.status, named)
             except Exception as error:  # a bug or a lack ends this request, not the server
                 reason = fault_of_system(error)
                 if reason is None:
                     traceback.print_exc()
-                response = problem(request, 500, reason or "a fault of the server; see what it wrote")
+                response = refusal(request, 500, reason or "a fault of the server; see what it wrote")
             response.headers.update(HEADERS)
             status = response.status
             return response
@@ -426,7 +426,7 @@ def check_sender(request: web.Request) -> None:
         raise Refused(403, "this server answers its own page only, and programs on this machine")
 
 
-def problem(request: web.Request, status: int, message: str) -> web.Response:
+def refusal(request: web.Request, status: int, message: str) -> web.Response:
     """Return what says in one line why there is no answer."""
     line = " ".join(message.splitlines())
     content = ApiError(status, line).content() if request.path.startswith(API) else {"error": line}

@@ -7,10 +7,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +25,8 @@ from common.search.searcher import Searcher
 from common.search.segments import ID, TEXT
 from common.search.texts import Collection
 
-if TYPE_CHECKING:
-    from sentence_transformers import CrossEncoder
-
 DEPTH = 100  # documents looked at for each query, or more for a measure that stops later
 QRELS_HEADERS = ("score", "relevance", "rel", "label")  # of the last column
-BUNDLED_IDS = "id"  # the column of the ids of the bundled task
 Judgements = dict[str, dict[str, int]]  # query id -> document id -> relevance (0: not relevant)
 
 
@@ -74,16 +69,6 @@ class Task:
     judgements: Judgements
 
 
-def retrieval_scores(
-    judgements: Judgements, hits: dict[str, list[str]], measures: Measures = USUAL
-) -> dict[str, float]:
-    """Return the mean of each measure over the judged queries; the arguments are those of
-    `query_scores`.
-    """
-    scores = query_scores(judgements, hits, measures)
-    return {name: float(np.mean(values)) for name, values in scores.items()}
-
-
 def query_scores(
     judgements: Judgements, hits: dict[str, list[str]], measures: Measures = USUAL
 ) -> dict[str, list[float]]:
@@ -114,24 +99,17 @@ def _ranked(documents: list[str]) -> dict[str, float]:
 
 
 def score_all(
-    searcher: Searcher, task: Task, *, reranker: CrossEncoder | None = None, measures: Measures = USUAL
+    searcher: Searcher, task: Task, measures: Measures, *, ways: Sequence[str]
 ) -> dict[str, dict[str, list[float]]]:
-    """Return the measures of each query for exact, approximate and hybrid search, and for exact
-    search reranked by a cross-encoder.
+    """Return the measures of each query for exact search, for other ways, such as "hybrid", and for
+    exact search that is reranked, if there is a reranker.
     """
-    searchers = {
-        "exact": searcher,
-        "approximate": searcher.ranked(approximate=True),
-        "hybrid": searcher.ranked(hybrid=True),
-    }
-    if reranker:
-        searchers["reranked"] = dataclasses.replace(searcher, reranker=reranker)
-    return {name: scores_of(own, task, measures) for name, own in searchers.items()}
-
-
-def scores_of(searcher: Searcher, task: Task, measures: Measures) -> dict[str, list[float]]:
-    """Return the measures of each query for one way of searching."""
-    return query_scores(task.judgements, find(searcher, task, measures.depth), measures)
+    plain = dataclasses.replace(searcher, reranker=None)
+    searchers = {"exact": plain} | {way: plain.ranked(**{way: True}) for way in ways}
+    if searcher.reranker:
+        searchers["reranked"] = searcher
+    hits = {name: find(own, task, measures.depth) for name, own in searchers.items()}
+    return {name: query_scores(task.judgements, found, measures) for name, found in hits.items()}
 
 
 def find(searcher: Searcher, task: Task, depth: int = DEPTH) -> dict[str, list[str]]:
@@ -144,23 +122,23 @@ def find(searcher: Searcher, task: Task, depth: int = DEPTH) -> dict[str, list[s
 
 
 def score_stores(
-    searcher: Searcher, task: Task, stores: list[str], measures: Measures = USUAL
+    searcher: Searcher, task: Task, measures: Measures, *, stores: list[str]
 ) -> dict[str, dict[str, float]]:
     """Return for each way to keep vectors the measures of exact search over what is kept, the share
     of the ten best documents of fp32 that are among its ten best, and the bytes of a vector.
 
     Raises UserError when the index itself keeps less.
     """
-    snapshot = searcher.snapshot
-    kept, whole = store_of(snapshot.settings), {}
-    if stores and kept != "fp32":
+    if not stores:
+        return {}
+    searcher, snapshot = dataclasses.replace(searcher, reranker=None), searcher.snapshot
+    kept = store_of(snapshot.settings)
+    if kept != "fp32":
         advice = "name the texts with --texts, or an index in fp32"
         raise UserError(
             f"--store {stores[0]}: the index keeps {kept}, and nothing to compare it with; {advice}"
         )
-    if stores:
-        whole = find(searcher, task)
-    lines = {}
+    whole, lines = find(searcher, task), {}
     for store in stores:
         segments = [segment.repacked(store) for segment in snapshot.segments]
         repacked = Snapshot(snapshot.folder, snapshot.manifest, segments)
@@ -168,9 +146,10 @@ def score_stores(
         shared = []
         for query, best in whole.items():
             shared.append(len(set(hits[query][:10]) & set(best[:10])) / len(best[:10]))
-        size = {"top 10 of fp32": float(np.mean(shared))}
-        size["bytes"] = bytes_of_vector(store, snapshot.width)
-        lines[store] = retrieval_scores(task.judgements, hits, measures) | size
+        scores = query_scores(task.judgements, hits, measures)
+        lines[store] = {name: float(np.mean(values)) for name, values in scores.items()}
+        lines[store]["top 10 of fp32"] = float(np.mean(shared))
+        lines[store]["bytes"] = bytes_of_vector(store, snapshot.width)
     return lines
 
 
@@ -184,12 +163,12 @@ def bundled_task() -> tuple[Task, Collection]:
         headline, _, article = text.partition("\n")
         if headline.strip() and article.strip():
             queries[f"q{row}"], judgements[f"q{row}"] = headline.strip(), {str(row): 1}
-            articles.append({BUNDLED_IDS: str(row), TEXT: article.strip()})
-    schema = pa.schema({BUNDLED_IDS: pa.string(), TEXT: pa.large_string()})
+            articles.append({"id": str(row), TEXT: article.strip()})
+    schema = pa.schema({"id": pa.string(), TEXT: pa.large_string()})
     rows = pa.Table.from_pylist(articles, schema)
     title = f"{name}: headlines as queries, the articles without them as texts"
     task = Task(title, queries, judgements)
-    return task, Collection(name, rows, "row", {}, BUNDLED_IDS)
+    return task, Collection(name, rows, "row", {}, "id")
 
 
 def read_task(queries_file: str, judgements_file: str, encoding: str | None = None) -> Task:
@@ -267,8 +246,10 @@ def sts_score(
     """Return Spearman's correlation of the cosine of two texts with a human score; `columns` names
     both texts and the score in a data file.
     """
+    from scipy.stats import spearmanr
+
     cosines, human = sts_cosines(encoder, file, columns, options=options, block=block)
-    return {"pairs": len(human), "spearman": _spearman(cosines, human)}
+    return {"pairs": len(human), "spearman": float(spearmanr(cosines, human).statistic)}
 
 
 def sts_cosines(
@@ -309,9 +290,3 @@ def sts_cosines(
             advice = "so they have no correlation; name pairs that differ"
             raise UserError(f"{file}: {problem}, {advice}")
     return found, human
-
-
-def _spearman(cosines: np.ndarray, human: np.ndarray) -> float:
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(cosines, human).statistic)

@@ -18,6 +18,7 @@ from common.search.manifest import (
     MANIFEST,
     MILVUS,
     MILVUS_INSTALL,
+    Manifest,
     Settings,
     check_files,
     check_folder,
@@ -26,7 +27,6 @@ from common.search.manifest import (
     parse_target,
     read_manifest,
     store_of,
-    taken_column,
 )
 from common.search.search_flags import (
     check_query_column,
@@ -66,13 +66,9 @@ def check_index_command(args: argparse.Namespace) -> None:
             raise UserError(f"--vectors {args.vectors}: they are of whole texts; leave --chunk out")
     if (folder / MANIFEST).is_file():
         settings = read_manifest(folder)["settings"]
-        wanted = {"id_column": args.id_column, "max_length": args.max_length}
-        wanted["chunk_overlap"] = overlap_of(args)
-        wanted |= {"width": args.dimensions, "document_prompt": args.document_prompt}
-        if args.store and args.store != store_of(settings):
-            wanted["store"] = args.store
-        given = {name: value for name, value in wanted.items() if value is not None}
-        check_settings(args.index, given, settings)
+        store = None if args.store == store_of(settings) else args.store
+        own = {"id_column": args.id_column, "chunk_overlap": overlap_of(args), "store": store}
+        check_given(args, settings, **own)
         model = model or recorded_model(args.index, settings)
     check_texts(args)
     check_model(model)
@@ -90,9 +86,7 @@ def check_vectors(path: str) -> None:
 
 
 def check_delete(args: argparse.Namespace) -> None:
-    if bool(args.ids) == bool(args.where):
-        raise UserError("delete: name either ids or --where")
-    check_ids(args.ids)
+    check_deleted(args)
     check_existing(args)
 
 
@@ -146,12 +140,16 @@ def check_cluster(args: argparse.Namespace) -> None:
         sources.check_text_file(args.stop_words)
     check_source(args)
     if args.column:
-        manifest = read_manifest(Path(args.index))
-        for name, kind in manifest["columns"].items():
-            # an older index does not know: builder.cluster_columns looks at its rows
-            is_made = name == args.column and kind == "int64" and name in manifest.get("clusters", [name])
-            if name.lower() == args.column.lower() and not is_made:  # SQL ignores case
-                raise taken_column(args.column, index=args.index, own=name)
+        check_column(args, read_manifest(Path(args.index)))
+
+
+def check_column(args: argparse.Namespace, manifest: Manifest) -> None:
+    """Raise UserError where the numbers of clusters would replace a column of the texts."""
+    for name in manifest["columns"]:
+        is_made = name == args.column and name in manifest["clusters"]
+        if name.lower() == args.column.lower() and not is_made:  # SQL ignores case
+            problem = f"{args.index} has a column {name!r}, and nothing says that cluster made it"
+            raise UserError(f"--column {args.column}: {problem}; give another --column")
 
 
 def check_evaluate(args: argparse.Namespace) -> None:
@@ -198,9 +196,13 @@ def check_index(args: argparse.Namespace, *, encodes: bool) -> None:
     settings = check_files(Path(args.index))["settings"]
     if encodes or args.model:
         check_model(args.model or recorded_model(args.index, settings))
-    wanted = {"max_length": args.max_length, "width": args.dimensions}
-    wanted["document_prompt"] = args.document_prompt
-    given = {name: value for name, value in wanted.items() if value is not None}
+    check_given(args, settings)
+
+
+def check_given(args: argparse.Namespace, settings: Settings, **more: object) -> None:
+    """Raise UserError where flags, of some commands `more`, say otherwise than an index was made."""
+    own = {"max_length": args.max_length, "width": args.dimensions, "document_prompt": args.document_prompt}
+    given = {name: value for name, value in {**own, **more}.items() if value is not None}
     check_settings(args.index, given, settings)
 
 
@@ -289,6 +291,13 @@ def check_queries(args: argparse.Namespace) -> None:
         sources.check_text_file(args.queries_file)
 
 
+def check_deleted(args: argparse.Namespace) -> None:
+    """Check what is to be deleted."""
+    if bool(args.ids) == bool(args.where):
+        raise UserError("delete: name either ids or --where")
+    check_ids(args.ids)
+
+
 def check_ids(ids: list[str]) -> None:
     """Raise UserError for an id that no text can have."""
     for number, key in enumerate(ids, start=1):
@@ -352,8 +361,8 @@ def check_milvus(args: argparse.Namespace) -> None:
         check_model(args.model)
         if "-" in args.texts and not target.is_file and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("-: each process reads the texts; name a file")
-    elif args.command == "delete" and bool(args.ids) == bool(args.where):
-        raise UserError("delete: name either ids or --where")
+    elif args.command == "delete":
+        check_deleted(args)
     elif args.command == "search":
         check_queries(args)
     elif args.command == "evaluate":

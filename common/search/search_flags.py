@@ -675,9 +675,8 @@ def task_fingerprint(encoder: Encoder, args: argparse.Namespace) -> str:
     from common.search import model_scores
 
     files = [args.queries, args.qrels, args.sts, args.index, *sources.expanded(args.texts)]
-    names = "id_column sts_columns text_column columns delimiter quoting encoding skip_bad query_prompt"
-    settings = {name: getattr(args, name) for name in names.split()}
+    names = ["id_column", "sts_columns", "text_column", "columns", "delimiter", "quoting", "decimal"]
+    names += ["encoding", "skip_bad", "query_prompt"]
+    settings = {name: getattr(args, name) for name in names}
     settings["precision"] = encoder.runtime.precision
-    if args.decimal != ".":  # the usual one is not named: scores that were kept before stay known
-        settings["decimal"] = args.decimal
     return model_scores.fingerprint(encoder.identity(), files, settings)

@@ -97,6 +97,10 @@ class Selection:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def ids(self) -> list[str]:
+        """Return the id of each row, for texts without an index its number from 1."""
+        return [row[ID] for row in self.snapshot.take(self.rows, [ID])]
+
     def vectors(self, positions: np.ndarray | slice) -> np.ndarray:
         """Return the vectors (positions, width) of some of the rows."""
         return self.snapshot.vectors_of(self.rows[positions])

@@ -4,7 +4,6 @@ against groups that are known, and brute force.
 
 import csv
 import io
-import json
 import warnings
 
 import numpy as np
@@ -13,7 +12,6 @@ from sklearn.cluster import HDBSCAN
 from sklearn.metrics import silhouette_score
 
 from common import figures
-from common.files import seal
 from common.search import mining
 from common.search.index import open_snapshot
 from common.search.segments import ID
@@ -176,24 +174,6 @@ def test_clusters_replace_no_column_of_the_texts(ok, embed, sentences, tmp_path)
     ok("compact", *index)
     ok("sync", own, *index)
     refused(*clusters, "topic", says="another --column")
-
-
-def test_an_older_index_tells_its_clusters_from_its_texts(ok, embed, sentences, tmp_path):
-    """Its manifest does not name them; the hashes of its rows do not hold them."""
-    index = ("--index", tmp_path / "ix")
-    clusters = ("cluster", *index, "--num-clusters", 3, "--column")
-    ok("index", sentences, *index, "--id-column", "id")
-    for name in ("topic", "mood"):
-        ok(*clusters, name)
-    path = tmp_path / "ix" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    assert manifest.pop("clusters") == ["topic", "mood"]
-    path.write_text(json.dumps({**manifest, "sha256": seal({**manifest, "sha256": None})}))
-    code, _, error = embed(*clusters, "n")
-    assert code == 2 and "--column n:" in error and "nothing says that cluster made" in error, error
-    ok(*clusters, "mood")
-    assert sorted(json.loads(path.read_text())["clusters"]) == ["mood", "topic"]
-    ok(*clusters, "topic")
 
 
 def test_clusters_can_be_told_apart():

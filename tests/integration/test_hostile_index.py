@@ -3,8 +3,10 @@ that names the file, and nothing outside of its folder is opened.
 """
 
 import copy
+import functools
 import hashlib
 import json
+import operator
 import os
 import shutil
 import sys
@@ -182,9 +184,25 @@ def test_every_value_of_a_manifest_may_be_of_another_kind(folder):
                 except UserError as error:
                     assert "\n" not in str(error)
     harmless = {"model", "fingerprint", "pooling", "id_column", "chunk_overlap", "deleted"}
-    harmless |= {"query_prompt", "store"}  # None: the model's own, and fp32
+    harmless |= {"query_prompt", "document_prompt", "store"}  # None: the model's own, and fp32
     harmless |= {"segments", "clusters"}  # none: an empty index, no columns of clusters
     assert {path[-1] for path, _ in outcomes if isinstance(path[-1], str)} <= harmless, outcomes
+
+
+def test_no_part_of_a_manifest_may_be_missing(folder):
+    manifest, kept = json.loads((folder / "manifest.json").read_text()), set()
+    for path in places(manifest):
+        if isinstance(path[-1], str) and path != ("sha256",):
+            fewer = copy.deepcopy(manifest)
+            del functools.reduce(operator.getitem, path[:-1], fewer)[path[-1]]
+            sealed(folder, fewer)
+            try:
+                read_all(folder)
+                kept.add(path[-1])
+            except UserError as error:
+                assert "\n" not in str(error)
+    # without a place for the columns, all of a file is checked; without those deleted, none are
+    assert kept == {"body", "deleted"}
 
 
 @pytest.mark.parametrize(

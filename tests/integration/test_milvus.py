@@ -141,6 +141,15 @@ def test_long_queries_are_counted(ok, stores):
     assert "1 queries are longer than 64 tokens and were cut there" in found
 
 
+def test_a_query_that_is_skipped_has_no_table_in_either_store(ok, stores, tmp_path):
+    """It stands in JSON alone, without hits."""
+    queries = ("--queries", write_lines(tmp_path / "queries.txt", ["good film", " "]), "--skip-bad")
+    for name in stores:
+        found = ok("search", "--index", name, *queries)
+        assert found.count("query: ") == 1 and "1 skipped" in found, found
+        assert [bool(found) for found in hits(ok, name, *queries)] == [True, False]
+
+
 @pytest.mark.parametrize("condition", quick(CONDITIONS.keys(), *QUICK))
 def test_a_condition_in_the_words_of_milvus(condition, ok, stores):
     found = [ok("list", "--index", name, "--where", condition, "--top-k", 60, "--json") for name in stores]
@@ -268,6 +277,8 @@ def test_what_is_refused(ok, embed, tiny_model, stores, tmp_path):
         ("evaluate", "--index", ix, "--queries", more, "--qrels", more, "--texts", more): "or --index",
         ("evaluate", "--index", ix): "--queries and --qrels",
         ("pairs", "--index", ix): "pairs needs",
+        ("delete", "--index", ix, "a\udc80"): "id 1",
+        ("delete", "--index", ix): "either ids or --where",
         ("verify", "--index", ix): "verify is for indexes in folders; Milvus has",
         ("sync", more, "--index", ix): "sync is for indexes in folders; Milvus has",
         ("index", more, "--index", ix): "'date'",

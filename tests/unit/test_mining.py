@@ -46,6 +46,7 @@ def made(request, tmp_path_factory):
                 "width": 24,
                 "pooling": "none",
                 "max_length": 16,
+                "document_prompt": None,
             }
 
         def encode_normalized(self, texts, *, role=None):
@@ -224,6 +225,9 @@ def chunks_of_documents(tmp_path):
         "width": 24,
         "pooling": "none",
         "max_length": 16,
+        "document_prompt": None,
+        "query_prompt": None,
+        "store": None,
         "id_column": None,
         "chunk_overlap": 1,
     }

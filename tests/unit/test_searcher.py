@@ -39,6 +39,7 @@ class Given:
             "width": self.width,
             "pooling": "none",
             "max_length": 16,
+            "document_prompt": None,
         }
 
     def encode_normalized(self, texts, *, role=None):

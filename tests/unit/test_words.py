@@ -157,7 +157,7 @@ def test_what_is_cut_still_shows_its_beginning():
     assert terminal.cut("北京" * 100, 76) == "北京" * 18 + "..."
     assert terminal.cut("e\u0301" * 76, 76) == "e\u0301" * 76
     assert terminal.cut("北京" * 19, 76) == "北京" * 19
-    assert display.short_id("標準化" * 9) == "標準化標準..."
+    assert display.short_id({"id": "標準化" * 9}) == "標準化標準..."
 
 
 PLACES = [  # language, query, text, what is marked in it
