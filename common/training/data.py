@@ -268,7 +268,6 @@ def load_rows_for_scoring(
         source = _read_source(config, faults)
         others = {"train": config.train_split, "validation": config.validation_split}
         splits = choose_splits(source, {"test": config.test_split}) or choose_splits(source, others)
-    to_cut = trained.cut or [split for split in ("validation", "test") if split not in splits]
     # the split that is scored, or that the test split is cut from: no other has a part in it
     split = "test" if "test" in splits else "train"
     splits = {split: splits[split]}
@@ -291,9 +290,9 @@ def load_rows_for_scoring(
     if rare:
         splits[split], rare_rows = _without_rare_as_trained(split, splits[split], rare, merged, task)
     when = ""
-    was_cut = trained.cut is None or "test" in trained.cut  # None: a model that does not tell
-    if split == "train" and was_cut and name_sha256(config.dataset) == trained.dataset_sha256:
-        splits["test"] = _cut_again(splits, config, trained, to_cut)
+    was_cut = "test" in trained.cut and name_sha256(config.dataset) == trained.dataset_sha256
+    if split == "train" and was_cut:
+        splits["test"] = _cut_again(splits, config, trained)
         split, when = "test", ", before the test split was cut"
     size = config.max_eval_samples
     rows = sample(splits[split], size, seed=config.seed, flag="--max-eval-samples")
@@ -308,11 +307,9 @@ def load_rows_for_scoring(
     return rows
 
 
-def _cut_again(
-    splits: Splits, config: DataConfig, trained: SavedSettings, missing: Sequence[str]
-) -> datasets.Dataset:
-    """Return the test split that the training of a model cut, with the others that were `missing`, from
-    the training split. Raises UserError where it would be another one.
+def _cut_again(splits: Splits, config: DataConfig, trained: SavedSettings) -> datasets.Dataset:
+    """Return the test split that the training of a model cut from the training split. Raises UserError
+    where it would be another one.
     """
     seed, flag = trained.split_seed, "--split-seed"
     if seed is None:
@@ -320,8 +317,8 @@ def _cut_again(
     if seed != config.seed:
         problem = f"the model was trained with {flag} {seed}, which cuts a different test split"
         raise UserError(f"{flag} {config.seed}: {problem}; use that seed")
-    splits, _ = cut_missing_splits(splits, seed=config.seed, missing=missing)
-    if trained.test_sha256 not in (None, texts_sha256(splits["test"])):
+    splits, _ = cut_missing_splits(splits, seed=config.seed, missing=trained.cut)
+    if trained.test_sha256 != texts_sha256(splits["test"]):
         problem = "the test split that is cut from it now is not the one of the training, so that texts"
         problem += " of the training would be scored: the data or the flags have changed since"
         advice = "give the file and the flags of the training, or texts that the model has not seen"
