@@ -49,12 +49,9 @@ if TYPE_CHECKING:
 
     from common.intervals import Spread
 
-# flags that a grid can't vary: those that belong to the study, and the
-# seed, which has a flag of its own
-NOT_IN_GRIDS = ("output_dir", "cache_dir", "seed", "seeds", "grid", "keep", "keep_after")
-NOT_IN_GRIDS += ("max_minutes",)
+# flags that a grid can't vary: those that belong to the study, and the seed, which has a flag of its own
+NOT_IN_GRIDS = ("output_dir", "cache_dir", "seed", "seeds", "grid", "keep", "keep_after", "max_minutes")
 STOPPED = (129, 130, 143, -1, -2, -15)  # exit codes of a run that a signal has stopped, or ended at its start
-DATA = "data"  # in study.json: what is read -> the SHA-256 of each of its files
 DATA_FLAGS = ("dataset", "validation_file", "test_file")
 TABLES = ("runs.csv", "study.csv", "study.tex")
 POLL_SECONDS = 0.1
@@ -268,10 +265,10 @@ def _require_same_study(parser: cli.Parser, study: Study, axes: dict[str, list[s
         both = (before["axes"], axes)
         was, now = (", ".join(map(_flag, sorted(names))) or "none" for names in both)
         refuse_changes(study.folder, [f"the flags that are varied were {was}, are {now}"])
-    if DATA not in before or not any(is_finished(run.folder) for run in study.runs):
-        return  # a study of an earlier state; or what it was started with may have been corrected
-    for flag in {**before[DATA], **study.data}:
-        was, now = before[DATA].get(flag), study.data.get(flag)
+    if not any(is_finished(run.folder) for run in study.runs):
+        return  # what it was started with may have been corrected
+    for flag in {**before["data"], **study.data}:
+        was, now = before["data"].get(flag), study.data.get(flag)
         is_another_value = " " in flag and None in (was, now)  # of an axis
         if was != now and not is_another_value:
             problem = f"the data of {flag} are not those of its finished runs"
@@ -454,7 +451,7 @@ def run_study(study: Study, script: Path, *, device: str, max_minutes: float | N
             for name, value in run.setting.items():
                 axes.setdefault(name.replace("-", "_"), []).append(value)
         different = {name: list(dict.fromkeys(values)) for name, values in axes.items()}
-        content = {"flags": study.flags, "axes": different, DATA: study.data, STARTED_IN: os.getcwd()}
+        content = {"flags": study.flags, "axes": different, "data": study.data, STARTED_IN: os.getcwd()}
         replace_file(study.folder / STUDY, json.dumps(content, indent=2) + "\n")
         at_once = ", one after another"
         if len(slots) > 1:

@@ -360,7 +360,8 @@ def flags_besides(parser: cli.Parser, argv: Sequence[str]) -> list[str]:
         if given.get(name, saved.get(name)) != saved.get(name)
     }
     others = {name: value for name, value in saved.items() if name not in not_saved}
-    require_same_place(Path(resume or given.get("output_dir", "")), others)
+    if saved:
+        require_same_place(Path(resume or given["output_dir"]), others)
     return parser.as_flags({"resume": resume, **others})
 
 
@@ -368,16 +369,13 @@ def require_same_place(run: Path, saved: Mapping[str, object]) -> None:
     """Raise UserError for a file or folder that a run has named from the folder in which it was started,
     and that is not here: it would be looked for on the Hub.
     """
-    started_in = saved.get(STARTED_IN)
-    if not isinstance(started_in, str):  # a run of before, which did not note it
-        return
     for name in ("dataset", "validation_file", "test_file", "model", "tokenizer"):
         value = saved.get(name)
         if not isinstance(value, str) or bundled.is_bundled(value) or os.path.exists(value):
             continue
-        if os.path.exists(os.path.join(started_in, value)):
+        if os.path.exists(os.path.join(str(saved[STARTED_IN]), value)):
             flag = f"--{name.replace('_', '-')}"
-            problem = f"the run was started in {started_in}, and its {flag} {value} is not here"
+            problem = f"the run was started in {saved[STARTED_IN]}, and its {flag} {value} is not here"
             raise UserError(f"--resume {run}: {problem}; continue it there, or name {flag} too")
 
 
