@@ -98,7 +98,7 @@ def write_csv(path: Path, answers: list[dict]) -> None:
     path.write_bytes(_csv_block(answers, with_header=True))
 
 
-class Predictions:
+class PredictionFile:
     """A file of predictions that is being written: whole blocks of rows, and how many they are.
 
     What counts is in the file of progress, which is replaced after each block is on the disk. What
@@ -157,7 +157,7 @@ class Predictions:
 
 
 @contextlib.contextmanager
-def open_predictions(name: str, *, identity: dict, resume: bool, runtime: Runtime) -> Iterator[Predictions]:
+def open_predictions(name: str, *, identity: dict, resume: bool, runtime: Runtime) -> Iterator[PredictionFile]:
     """Yield the file of predictions to go on with, which one process of a job writes.
 
     Raises UserError when what is there was written with another `identity`: from other texts, by
@@ -175,14 +175,14 @@ def open_predictions(name: str, *, identity: dict, resume: bool, runtime: Runtim
 
         state = runtime.broadcast_from_main(find_state)
         if not runtime.is_main or state.get("is_complete"):
-            yield Predictions(output, None, state)
+            yield PredictionFile(output, None, state)
             return
         file = stack.enter_context(open(partial(output), "r+b" if state["bytes"] else "wb"))
         file.truncate(state["bytes"])
         file.seek(state["bytes"])
         if not state["rows"]:
             replace_file(progress(output), json.dumps(state))
-        yield Predictions(output, file, state, keep_progress=resume)
+        yield PredictionFile(output, file, state, keep_progress=resume)
 
 
 def _read_state(output: Path, identity: dict) -> dict:

@@ -113,7 +113,7 @@ def is_study(args: argparse.Namespace) -> bool:
     return args.resume is not None and folder is not None and (Path(folder) / STUDY).is_file()
 
 
-def make_plan(
+def make_study(
     parser: cli.Parser, args: argparse.Namespace, not_settings: Iterable[str], *, name: str
 ) -> Study:
     """Return the runs that the flags ask for; nothing is written yet.

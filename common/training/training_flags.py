@@ -545,7 +545,7 @@ def check_study(args: argparse.Namespace) -> None:
 def plan_study(args: argparse.Namespace) -> study.Study:
     """Return the runs that --seeds, --grid and --lr ask for."""
     left_out = {*NOT_SETTINGS} - {"seeds", "grid"}
-    return study.make_plan(make_parser(), args, left_out, name=run_name(args))
+    return study.make_study(make_parser(), args, left_out, name=run_name(args))
 
 
 def is_done(args: argparse.Namespace) -> bool:

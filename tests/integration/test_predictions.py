@@ -147,7 +147,7 @@ def test_what_a_kill_has_left_is_gone_on_with(ending, table, predict, tmp_path, 
     class Killed(BaseException):
         pass
 
-    computed, add = [], predictions.Predictions.add
+    computed, add = [], predictions.PredictionFile.add
 
     def add_and_die(self, answers, columns):
         computed.append(len(answers))
@@ -157,7 +157,7 @@ def test_what_a_kill_has_left_is_gone_on_with(ending, table, predict, tmp_path, 
             raise Killed
         add(self, answers, columns)
 
-    monkeypatch.setattr(predictions.Predictions, "add", add_and_die)
+    monkeypatch.setattr(predictions.PredictionFile, "add", add_and_die)
     with pytest.raises(Killed):
         predict(table, *flags, output)
     assert not output.exists()
@@ -172,7 +172,7 @@ def test_what_a_kill_has_left_is_gone_on_with(ending, table, predict, tmp_path, 
 
 def test_a_part_from_elsewhere_is_not_gone_on_with(table, predict, tmp_path, monkeypatch):
     output = tmp_path / "answers.csv"
-    monkeypatch.setattr(predictions.Predictions, "finish", lambda self: None)
+    monkeypatch.setattr(predictions.PredictionFile, "finish", lambda self: None)
     assert predict(table, "--output", output)[0] == 0
     for change, part in [
         (lambda: None, None),
