@@ -153,8 +153,13 @@ class TrainConfig:
 
     def memory_advice(self) -> str:
         """Return what to say when a step does not fit into memory."""
-        length, is_auto = self.tokens.max_length, self.auto_batch_size
-        return batching.memory_advice(self.batches, length, is_auto=is_auto)
+        advice = (
+            f"--batch-size {self.batches.batch_size}: a batch of {self.tokens.max_length} tokens does not"
+            " fit into memory; lower it or --max-length"
+        )
+        if self.auto_batch_size:
+            return advice
+        return f"{advice}, or let --auto-batch-size halve it without changing a step"
 
 
 Config = TypeVar(

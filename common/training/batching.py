@@ -384,20 +384,6 @@ def has_unused_parameters(model: torch.nn.Module, batch: Batch, runtime: Runtime
     return unused
 
 
-def memory_advice(config: BatchConfig, max_length: int, *, is_auto: bool) -> str:
-    """Return what to say when a training step takes too much memory.
-
-    `is_auto` tells whether --auto-batch-size is given already.
-    """
-    advice = (
-        f"--batch-size {config.batch_size}: a batch of {max_length} tokens does not fit into"
-        " memory; lower it or --max-length"
-    )
-    if is_auto:
-        return advice
-    return f"{advice}, or let --auto-batch-size halve it without changing a step"
-
-
 def activation_bytes(
     model: torch.nn.Module, rows: Rows, tokenizer: AnyTokenizer, size: int, runtime: Runtime
 ) -> int:

@@ -203,8 +203,7 @@ def shared_lines(runs: list[FinishedRun]) -> Iterator[str]:
     texts = {row.text for row in first.rows.values()}
     for run in others:
         shared = len(run.rows.keys() & first.rows.keys())
-        others = [row for key, row in run.rows.items() if key not in first.rows]
-        relabelled = sum(row.text in texts for row in others)
+        relabelled = sum(row.text in texts for key, row in run.rows.items() if key not in first.rows)
         also = f"; with another label: {relabelled:,} of its texts" if relabelled else ""
         tested = "; tested on these" if shared else "; nothing can be tested"
         of = f"{shared:,} of its {len(run.rows):,} test rows are among the {len(first.rows):,}"

@@ -150,7 +150,7 @@ def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = 
     """Return the labelled splits train, validation and test, and print where they come from.
 
     What else there is, such as the rows that --skip-bad leaves out, is put into `notes`. Raises
-    UserError as `validate` does.
+    UserError as `checked_splits` does.
     """
     notes = DataNotes() if notes is None else notes
     faults = notes.faults if config.skip_bad else None
@@ -167,7 +167,7 @@ def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = 
         notes.unlabelled = _unlabelled(splits.pop("test"), texts, faults)
     if faults is not None:
         splits, labels = clean(splits, texts, labels, faults)
-    splits = notes.uncut = validate(splits, texts, labels)
+    splits = notes.uncut = checked_splits(splits, texts, labels)
     if config.drop_rare is not None or config.merge_rare is not None:
         splits, notes.rare, notes.rare_rows = without_rare(splits, config.drop_rare, config.merge_rare)
     try:
@@ -285,7 +285,7 @@ def load_rows_for_scoring(
     if faults is not None:
         splits, _ = clean(splits, texts, labels, faults, known)
         runtime.say(f"skipped  {counted(len(faults), 'row')} that can't be used")
-    splits = validate(splits, texts, labels, trained=known)
+    splits = checked_splits(splits, texts, labels, trained=known)
     rare_rows: dict[int, str] = {}
     if rare:
         splits[split], rare_rows = _without_rare_as_trained(split, splits[split], rare, merged, task)
@@ -446,7 +446,7 @@ def choose_splits(source: datasets.DatasetDict, wanted: dict[str, str | None]) -
     return chosen
 
 
-def validate(
+def checked_splits(
     splits: Splits,
     texts: TextColumns = TextConfig().among(()),  # noqa: B008  (frozen)
     labels: LabelColumns = LabelConfig().among(()),  # noqa: B008

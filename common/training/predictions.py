@@ -157,7 +157,9 @@ class PredictionFile:
 
 
 @contextlib.contextmanager
-def open_predictions(name: str, *, identity: dict, resume: bool, runtime: Runtime) -> Iterator[PredictionFile]:
+def open_predictions(
+    name: str, *, identity: dict, resume: bool, runtime: Runtime
+) -> Iterator[PredictionFile]:
     """Yield the file of predictions to go on with, which one process of a job writes.
 
     Raises UserError when what is there was written with another `identity`: from other texts, by

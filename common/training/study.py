@@ -180,14 +180,16 @@ def _plan_runs(
 ) -> Iterator[Planned]:
     """Yield a run for each combination of values, the last axis changing first, and each seed."""
     base = {flag: value for flag, value in given.items() if flag not in {*axes, "seeds", "grid"}}
+    switches = {action.dest for action in parser._actions if action.nargs == 0}
     for values in itertools.product(*axes.values()):
         setting = dict(zip(axes, values))
+        varied = {name: value == "true" if name in switches else value for name, value in setting.items()}
         for seed in seeds:
             path = folder / _folder_name(setting) / f"seed-{seed}"
             own = {"seed": seed, "output_dir": str(path), "resume_or_start": True}
-            flags = parser.as_flags({"keep_after": 0, **base, **own})
+            flags = parser.as_flags({"keep_after": 0, **base, **own, **varied})
             written = {_flag(name): value for name, value in setting.items()}
-            yield Planned(written, seed, path, [*flags, *_as_flags(parser, setting)])
+            yield Planned(written, seed, path, flags)
 
 
 def _flag(name: str) -> str:
@@ -218,20 +220,8 @@ def _axes(parser: cli.Parser, args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def _folder_name(setting: dict[str, str]) -> str:
-    named = [(_flag(name), re.sub(r"[^A-Za-z0-9.+]+", "-", value)) for name, value in setting.items()]
-    parts = [f"{name}-{value}" for name, value in named]
-    return "_".join(parts)
-
-
-def _as_flags(parser: cli.Parser, setting: dict[str, str]) -> list[str]:
-    switches = {action.dest for action in parser._actions if action.nargs == 0}
-    flags = []
-    for name, value in setting.items():
-        if name not in switches:
-            flags.append(f"--{_flag(name)}={value}")
-        elif value == "true":
-            flags.append(f"--{_flag(name)}")
-    return flags
+    named = ((_flag(name), re.sub(r"[^A-Za-z0-9.+]+", "-", value)) for name, value in setting.items())
+    return "_".join(f"{name}-{value}" for name, value in named)
 
 
 def _hash_data(args: argparse.Namespace, axes: dict[str, list[str]]) -> dict[str, dict[str, str]]:

@@ -415,17 +415,15 @@ def check_flags(args: argparse.Namespace) -> None:
     default_of = make_parser().get_default
     if args.evaluate_only or args.predict is not None:
         cli.refuse_unused(args, OF_TRAINING, default_of, "it belongs to a training, and none is made")
-    if args.predict is not None:
-        cli.refuse_unused(args, OF_LABELS, default_of, "--predict reads its own file, and no labels")
-    is_table = cli.file_options(args).is_table
+    options = cli.file_options(args)
     if args.predict is not None:  # an empty name is a mistake, not a wish to train
-        sources.check_texts(args.predict, any_suffix=is_table)
+        cli.refuse_unused(args, OF_LABELS, default_of, "--predict reads its own file, and no labels")
+        sources.check_texts(args.predict, any_suffix=options.is_table)
         check_output_flags(args)
-        options = cli.file_options(args)
         reading.check_columns(args.predict, {}, options=options)
         return
     cli.refuse_unused(args, OF_PREDICTIONS, default_of, "it works with --predict only")
-    sources.check_data(args.dataset, any_suffix=is_table)
+    sources.check_data(args.dataset, any_suffix=options.is_table)
     if not args.inspect and not args.evaluate_only:
         if args.task != "auto":  # else when the labels have told it
             check_task(args.task, vars(args))
@@ -585,12 +583,8 @@ def shown_while_loading(args: argparse.Namespace) -> str | None:
     return f"{args.model} and {args.dataset if args.predict is None else args.predict}"
 
 
-def is_training(args: argparse.Namespace) -> bool:
-    """Tell whether the flags ask for a training, and nothing instead of it."""
-    return not any(getattr(args, name) for name in INSTEAD)
-
-
 def needs_no_model(args: argparse.Namespace) -> bool:
     """Tell whether nothing is to be trained or scored in this process."""
-    only_compares = args.compare is not None
-    return only_compares or (is_training(args) and (study.is_study(args) or is_done(args)))
+    if any(getattr(args, name) for name in INSTEAD):
+        return args.compare is not None
+    return study.is_study(args) or is_done(args)
