@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from common import cli
 from common.columns import names_beside
 from common.errors import Fault, UserError
 from common.files import named_in_errors, only_writer, read_json, replace_file, sync_folder
@@ -68,13 +69,7 @@ def check_output(name: str, *, resume: bool) -> None:
 
 def write_bad_rows(path: Path, faults: Sequence[Fault]) -> None:
     """Write rows that were left out as JSON lines: where each is, its problem and its content."""
-    lines = [
-        json.dumps(
-            {"source": fault.source, "row": fault.row, "problem": fault.problem, "content": fault.content},
-            ensure_ascii=False,
-        )
-        for fault in faults
-    ]
+    lines = [json.dumps(dataclasses.asdict(fault), ensure_ascii=False) for fault in faults]
     replace_file(path, "".join(f"{line}\n" for line in lines))
 
 
@@ -133,7 +128,8 @@ class PredictionFile:
         elif ending == ".csv":
             block = _csv_block(with_columns(columns, answers), with_header=not self.num_rows)
         else:
-            block = b"".join(_json_line(line) for line in with_columns(columns, answers))
+            lines = "".join(f"{cli.json_text(line)}\n" for line in with_columns(columns, answers))
+            block = lines.encode("utf-8", "backslashreplace")
         with named_in_errors(partial(self.output)):
             self.file.write(block)
             self.file.flush()
@@ -214,20 +210,6 @@ def _read_state(output: Path, identity: dict) -> dict:
 
 
 # Blocks of rows -----------------------------------------------------------------------------------
-
-
-def _json_line(line: dict) -> bytes:
-    values = {key: _finite(value) for key, value in line.items()}
-    return (json.dumps(values, ensure_ascii=False, default=str) + "\n").encode("utf-8", "backslashreplace")
-
-
-def _finite(value: Any) -> Any:
-    """Return a value with null for what JSON has no number for."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
 def _flat(answer: dict) -> dict:
