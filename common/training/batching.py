@@ -333,11 +333,7 @@ def count_tokens(micro_batches: list[BatchEncoding]) -> int:
     """Return the number of tokens of a step in this process, without padding, while it is still on
     the CPU.
     """
-    count = 0
-    for batch in micro_batches:
-        mask = batch.get("attention_mask")
-        count += batch["input_ids"].numel() if mask is None else int(mask.sum())
-    return count
+    return sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
 
 
 def num_tokens(rows: datasets.Dataset, *, max_chunks: int | None = None) -> float:
