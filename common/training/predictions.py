@@ -31,12 +31,12 @@ ENDINGS = (".jsonl", ".csv", ".parquet")
 OWN_COLUMNS = ("row", "label", "labels", "confidence", "prediction", "scores")
 
 
-def partial(output: Path) -> Path:
+def partial_file(output: Path) -> Path:
     """Return the file that holds a part of the predictions."""
     return output.with_name(f"{output.name}.partial")
 
 
-def progress(output: Path) -> Path:
+def progress_file(output: Path) -> Path:
     """Return the file that tells how far they have come."""
     return output.with_name(f"{output.name}.progress")
 
@@ -60,10 +60,10 @@ def check_output(name: str, *, resume: bool) -> None:
         return
     if path.exists():
         raise UserError(f"--output {name}: it exists; name another file, or remove it")
-    if partial(path).exists():
+    if partial_file(path).exists():
         raise UserError(
             f"--output {name}: a part of it has been written; add --resume to go on, or remove"
-            f" {partial(path).name}"
+            f" {partial_file(path).name}"
         )
 
 
@@ -130,26 +130,26 @@ class PredictionFile:
         else:
             lines = "".join(f"{cli.json_text(line)}\n" for line in with_columns(columns, answers))
             block = lines.encode("utf-8", "backslashreplace")
-        with named_in_errors(partial(self.output)):
+        with named_in_errors(partial_file(self.output)):
             self.file.write(block)
             self.file.flush()
             os.fsync(self.file.fileno())
         self.state |= {"rows": self.num_rows + len(answers), "bytes": self.file.tell()}
-        replace_file(progress(self.output), json.dumps(self.state))
+        replace_file(progress_file(self.output), json.dumps(self.state))
 
     def finish(self) -> None:
         """Give the complete file its name."""
         if self.file is None:
             return
-        source = partial(self.output)
+        source = partial_file(self.output)
         if self.output.suffix.lower() == ".parquet":
             source = self.output.with_name(f"{self.output.name}.new")
-            _write_parquet(partial(self.output), source)
+            _write_parquet(partial_file(self.output), source)
         os.replace(source, self.output)
         sync_folder(self.output.parent)
         if not self.keep_progress:
-            progress(self.output).unlink(missing_ok=True)
-        partial(self.output).unlink(missing_ok=True)
+            progress_file(self.output).unlink(missing_ok=True)
+        partial_file(self.output).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -167,7 +167,7 @@ def open_predictions(
         def find_state() -> dict:
             stack.enter_context(only_writer(output, flag="--output"))
             check_output(name, resume=resume)
-            if not output.exists() and not partial(output).exists():
+            if not output.exists() and not partial_file(output).exists():
                 return {"identity": identity, "rows": 0, "bytes": 0}
             return _read_state(output, identity)
 
@@ -175,17 +175,17 @@ def open_predictions(
         if not runtime.is_main or state.get("is_complete"):
             yield PredictionFile(output, None, state)
             return
-        file = stack.enter_context(open(partial(output), "r+b" if state["bytes"] else "wb"))
+        file = stack.enter_context(open(partial_file(output), "r+b" if state["bytes"] else "wb"))
         file.truncate(state["bytes"])
         file.seek(state["bytes"])
         if not state["rows"]:
-            replace_file(progress(output), json.dumps(state))
+            replace_file(progress_file(output), json.dumps(state))
         yield PredictionFile(output, file, state, keep_progress=resume)
 
 
 def _read_state(output: Path, identity: dict) -> dict:
-    path, is_complete = progress(output), output.exists() and not partial(output).exists()
-    remove = f"remove {path.name} and {partial(output).name}"
+    path, is_complete = progress_file(output), output.exists() and not partial_file(output).exists()
+    remove = f"remove {path.name} and {partial_file(output).name}"
     if is_complete:
         remove = "remove it, or name another file"
     damaged = UserError(f"--output {output}: {path.name} is damaged or missing; {remove}")
@@ -194,7 +194,7 @@ def _read_state(output: Path, identity: dict) -> dict:
         raise UserError(f"--output {output}: {problem}; {remove}")
     try:
         state = read_json(path)
-        size = partial(output).stat().st_size if partial(output).exists() else 0
+        size = partial_file(output).stat().st_size if partial_file(output).exists() else 0
         is_whole = all(type(state[key]) is int and state[key] >= 0 for key in ("rows", "bytes"))
         before = dict(state["identity"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -176,7 +176,7 @@ def test_a_part_from_elsewhere_is_not_gone_on_with(table, predict, tmp_path, mon
     assert predict(table, "--output", output)[0] == 0
     for change, part in [
         (lambda: None, None),
-        (lambda: predictions.partial(output).write_bytes(b""), "damaged"),
+        (lambda: predictions.partial_file(output).write_bytes(b""), "damaged"),
         (lambda: table.write_text(table.read_text() + "x,good,pos,1\n"), "text"),
     ]:
         change()
@@ -198,7 +198,7 @@ def test_a_complete_file_of_other_texts_or_another_model_is_not_taken_for_this_o
         code, printed, said = predict(source, *flags, "--output", output, "--resume")
         assert (code, printed, said.count("\n")) == (2, "", 1) and all(part in said for part in parts), said
         assert output.read_bytes() == content and not predictions.bad_rows_file(output).exists()
-    predictions.progress(output).unlink()
+    predictions.progress_file(output).unlink()
     code, _, said = predict(table, "--output", output, "--resume")
     assert (
         code == 2
