@@ -22,7 +22,7 @@ from common.files import read_json
 from common.intervals import Interval, bootstrap, holm, mcnemar, percentiles, randomization
 from common.training.resampling import Answers
 from common.training.run import CONFIG, MULTI, REGRESSION, RESULTS, SINGLE, STARTED_IN, Kind, is_like
-from common.training.study import headline_scores, latex_table
+from common.training.study import headline_scores, latex_table, write_csv
 
 PREDICTIONS = "predictions.csv"
 # of config.json: what a run is called or when it was, and no setting of it
@@ -416,16 +416,12 @@ def _write(
     """Write the tables as CSV and LaTeX, and every text on which the runs disagree as CSV."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (headers, rows) in zip(FILES, numbers):
-        with open(folder / name, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([headers, *rows])
-    with open(folder / FILES[2], "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        columns = [f"{what} {run.name}" for run in runs for what in ("predicted", "confidence")]
-        writer.writerow(["row", "true", *columns, "text"])
-        for key in keys:
-            found = [run.rows.get(key) for run in runs]
-            cells = [cell for row in found for cell in _csv_cells(row)]
-            writer.writerow([runs[0].rows[key].number, "|".join(key[1]), *cells, key[0]])
+        write_csv(folder / name, headers, rows)
+    columns = [f"{what} {run.name}" for run in runs for what in ("predicted", "confidence")]
+    answers = {key: [cell for run in runs for cell in _csv_cells(run.rows.get(key))] for key in keys}
+    first = runs[0].rows
+    lines = [[first[key].number, "|".join(key[1]), *answers[key], key[0]] for key in keys]
+    write_csv(folder / FILES[2], ["row", "true", *columns, "text"], lines)
     (folder / FILES[3]).write_text(latex, encoding="utf-8")
     written = [str(folder / name) for name in FILES if (folder / name).exists()]
     terminal.say(f"\ntables: {', '.join(written)}")

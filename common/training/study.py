@@ -569,24 +569,28 @@ def latex_table(headers: list[str], rows: list[list[str]]) -> str:
     return text.replace("±", r"$\pm$") + "\n"
 
 
+def write_csv(path: Path, headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table as programs read it."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([headers, *rows])
+
+
 def _write_tables(
     folder: Path, lines: list[Line], runs: list[Planned], results: list[dict[str, Any]], latex: str
 ) -> None:
     """Write runs.csv (a line per run), study.csv (one per setting and result) and study.tex."""
     axes = list(lines[0].setting)
     numbers = [name for name, value in results[0].items() if isinstance(value, int | float)]
-    with open(folder / TABLES[0], "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*axes, "seed", "folder", *numbers])
-        for run, values in zip(runs, results):
-            cells = [values.get(name) for name in numbers]
-            writer.writerow([*run.setting.values(), run.seed, run.folder, *cells])
-    with open(folder / TABLES[1], "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*axes, "result", "seeds", "mean", "standard deviation", "low", "high"])
-        for line in lines:
-            for name, spread in line.results.items():
-                low, high = spread.interval or (None, None)
-                numbers_of = [spread.count, spread.mean, spread.deviation, low, high]
-                writer.writerow([*line.setting.values(), name, *numbers_of])
+    of_runs = [
+        [*run.setting.values(), run.seed, run.folder, *map(values.get, numbers)]
+        for run, values in zip(runs, results)
+    ]
+    of_settings = [
+        [*line.setting.values(), name, one.count, one.mean, one.deviation, *(one.interval or (None, None))]
+        for line in lines
+        for name, one in line.results.items()
+    ]
+    measures = ["result", "seeds", "mean", "standard deviation", "low", "high"]
+    write_csv(folder / TABLES[0], [*axes, "seed", "folder", *numbers], of_runs)
+    write_csv(folder / TABLES[1], [*axes, *measures], of_settings)
     (folder / TABLES[2]).write_text(latex, encoding="utf-8")

@@ -162,8 +162,7 @@ class RunLog:
         text = json.dumps(results, indent=2) + "\n"
         replace_file(self.folder / RESULTS, text)  # once it is there, the run is finished
         plain = (bool, int, float, str)
-        numbered = self.settings.items()
-        settings = {name: value for name, value in numbered if isinstance(value, plain)}
+        settings = {name: value for name, value in self.settings.items() if isinstance(value, plain)}
         file_writer = self.writer._get_file_writer()
         assert file_writer is not None
         for summary in hparams(settings, dict.fromkeys(curves, 0.0)):
