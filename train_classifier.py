@@ -3,9 +3,9 @@
 predict with it. A text has one class, any number of labels, or numbers: common/training/task.py
 holds what differs.
 
-The lesson is in load(), prepare(), train(), validate() and test(), in this order: AdamW with decay
-groups, a linear schedule with warm-up, automatic mixed precision, gradient accumulation, clipping,
-DistributedDataParallel. Left out on purpose: Trainer, callbacks.
+The lesson is in load(), prepare(), train(), train_step(), validate() and test(), in this order:
+AdamW with decay groups, a linear schedule with warm-up, automatic mixed precision, gradient
+accumulation, clipping, DistributedDataParallel. Left out on purpose: Trainer, callbacks.
 
   python train_classifier.py --epochs 3  # BBC News with all-MiniLM-L6-v2, both bundled
   python train_classifier.py --dataset reviews.csv --text-column review --label-column stars
@@ -118,7 +118,7 @@ from common.training.tokenization import TokenConfig, describe_marks, tokenize_s
 
 if TYPE_CHECKING:
     import datasets
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 
 # Configs ------------------------------------------------------------------------------------------
@@ -153,8 +153,13 @@ class TrainConfig:
 
     def memory_advice(self) -> str:
         """Return what to say when a step does not fit into memory."""
-        length, is_auto = self.tokens.max_length, self.auto_batch_size
-        return batching.memory_advice(self.batches, length, is_auto=is_auto)
+        advice = (
+            f"--batch-size {self.batches.batch_size}: a batch of {self.tokens.max_length} tokens does not"
+            " fit into memory; lower it or --max-length"
+        )
+        if self.auto_batch_size:
+            return advice
+        return f"{advice}, or let --auto-batch-size halve it without changing a step"
 
 
 Config = TypeVar(
@@ -378,15 +383,7 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
 
     Return whether it came to the end: with --max-minutes, the time may be up before.
     """
-    rows = tokenized["train"]
-    model = state.wrapped  # with DDP around it if there are several processes
-    optimizer, scheduler, scaler = state.optimizer, state.scheduler, state.scaler
-    meter, patience = state.meter, config.early_stopping_patience
-    # the shapes in comments: B texts, K chunks of these texts, C classes, labels or numbers
-    weights_on_device = state.class_weights  # (C); examples are counted before they are on the device
-    if weights_on_device is not None:
-        weights_on_device = weights_on_device.to(runtime.device)
-
+    rows, patience = tokenized["train"], config.early_stopping_patience
     while state.epoch <= config.epochs and not state.is_out_of_patience(patience):
         # the optimizer steps of the epoch, each a list of micro-batches
         steps = batching.plan_epoch(
@@ -407,50 +404,17 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
             tracking.progress(steps, label=label, unit="step", shown=runtime.is_main) as bar,
             explain_out_of_memory(config.memory_advice()),
         ):
-            meter.start_epoch(is_resumed=state.step_of_epoch > 0)
+            state.meter.start_epoch(is_resumed=state.step_of_epoch > 0)
             # an evaluation that a signal interrupted, and with it the run, is done again
             if state.is_due(config.eval_every) and not state.is_evaluated():
                 validate(state, tokenized["validation"], run, config, runtime)
 
             batches = iter(loader)
             for step in bar:
-                model.train()  # with dropout, which an evaluation has switched off
                 micro_batches = [next(batches) for _ in step]
-                # the loss is a mean over the examples of all micro-batches and processes: their
-                # number (times that of labels), or the sum of their class weights, divides the sum
-                num_examples, divisor = count_examples(micro_batches, state.class_weights, runtime)
                 num_tokens = batching.count_tokens(micro_batches)
-                for number, batch in enumerate(micro_batches, start=1):
-                    batch = batch.to(runtime.device, non_blocking=True)
-                    targets = batch["labels"]  # (B), or of labels and numbers (B, C)
-                    # DDP exchanges gradients once, in the last backward pass of the step
-                    with sync_gradients(model, when=number == len(micro_batches)):
-                        with runtime.autocast():
-                            logits = model(**model_inputs(batch, runtime.device)).logits  # (K, C)
-                        logits = pool_chunks(logits.float(), batch["text_of_chunk"], len(targets))  # (B, C)
-                        # cross-entropy of classes or labels, squared error of numbers
-                        summed_loss = sum_losses(
-                            config.task, logits, targets, weights_on_device, config.label_smoothing
-                        )
-                        # times world_size, because DDP divides by it when it averages gradients
-                        loss_share = summed_loss / divisor * runtime.world_size
-                        scaler.scale(loss_share).backward()
-                    meter.add(summed_loss, batch["row"])
-                scaler.unscale_(optimizer)  # before clipping: the norm is the true gradient's
-                grad_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                scale_before = scaler.get_scale()  # in fp16 it waits for the GPU; else it is 1 at once
-                scaler.step(optimizer)
-                scaler.update()
-                # in fp16 the scaler skips a step that overflows, and lowers its scale; then the
-                # schedule waits too (pytorch #55585)
-                is_skipped = scaler.get_scale() < scale_before
-                if not is_skipped:
-                    scheduler.step()
-                optimizer.zero_grad()
-                state.step += 1
-                state.step_of_epoch += 1
+                grad_norm = train_step(state, micro_batches, config, runtime)
 
-                meter.end_step(state.step, examples=num_examples, divisor=divisor, grad_norm=grad_norm)
                 run.forecast.add_step(num_tokens * runtime.world_size, runtime)
                 if run.forecast.is_due():  # once, after a few steps
                     runtime.say(run.forecast.line(state.epochs_left(), runtime))
@@ -462,8 +426,8 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
 
                 stop = run.signals.requested()
                 if stop or state.is_due(config.save_every):
-                    with meter.paused():
-                        meter.check()  # raises UserError: what is not finite must not be kept
+                    with state.meter.paused():
+                        state.meter.check()  # raises UserError: what is not finite must not be kept
                         run.checkpoints.save(state, run.log)
                 if stop and stop != TIME_IS_UP:
                     run.signals.stop()
@@ -476,6 +440,55 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
     if patience is not None and state.is_out_of_patience(patience):
         runtime.say(f"stopped early: no better in {counted(patience, 'evaluation')}")
     return True
+
+
+def train_step(
+    state: TrainingState, micro_batches: list[BatchEncoding], config: TrainConfig, runtime: Runtime
+) -> torch.Tensor:
+    """Do one optimizer step: forward and backward passes of its micro-batches, then the change of the
+    weights. Return the norm of the gradient before it was clipped.
+    """
+    model = state.wrapped  # with DDP around it if there are several processes
+    optimizer, scheduler, scaler = state.optimizer, state.scheduler, state.scaler
+    # the shapes in comments: B texts, K chunks of these texts, C classes, labels or numbers
+    class_weights = state.class_weights  # (C), on the CPU, as the targets are when they are counted
+    # the loss is a mean over the examples of all micro-batches and processes: their number (times
+    # that of labels), or the sum of their class weights, divides the sum
+    num_examples, divisor = count_examples(micro_batches, class_weights, runtime)
+    if class_weights is not None:
+        class_weights = class_weights.to(runtime.device, non_blocking=True)
+
+    model.train()  # with dropout, which an evaluation has switched off
+    for number, batch in enumerate(micro_batches, start=1):
+        batch = batch.to(runtime.device, non_blocking=True)
+        targets = batch["labels"]  # (B), or of labels and numbers (B, C)
+        # DDP exchanges gradients once, in the last backward pass of the step
+        with sync_gradients(model, when=number == len(micro_batches)):
+            with runtime.autocast():
+                logits = model(**model_inputs(batch, runtime.device)).logits  # (K, C)
+            logits = pool_chunks(logits.float(), batch["text_of_chunk"], len(targets))  # (B, C)
+            # cross-entropy of classes or labels, squared error of numbers
+            summed_loss = sum_losses(config.task, logits, targets, class_weights, config.label_smoothing)
+            # times world_size, because DDP divides by it when it averages gradients
+            loss_share = summed_loss / divisor * runtime.world_size
+            scaler.scale(loss_share).backward()
+        state.meter.add(summed_loss, batch["row"])
+
+    scaler.unscale_(optimizer)  # before clipping: the norm is the true gradient's
+    grad_norm = clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    scale_before = scaler.get_scale()  # in fp16 it waits for the GPU; else it is 1 at once
+    scaler.step(optimizer)
+    scaler.update()
+    # in fp16 the scaler skips a step that overflows, and lowers its scale; then the schedule waits
+    # too (pytorch #55585)
+    is_skipped = scaler.get_scale() < scale_before
+    if not is_skipped:
+        scheduler.step()
+    optimizer.zero_grad()
+    state.step += 1
+    state.step_of_epoch += 1
+    state.meter.end_step(state.step, examples=num_examples, divisor=divisor, grad_norm=grad_norm)
+    return grad_norm
 
 
 def log_step(state: TrainingState, run: Run, grad_norm: torch.Tensor) -> str:

@@ -333,11 +333,7 @@ def count_tokens(micro_batches: list[BatchEncoding]) -> int:
     """Return the number of tokens of a step in this process, without padding, while it is still on
     the CPU.
     """
-    count = 0
-    for batch in micro_batches:
-        mask = batch.get("attention_mask")
-        count += batch["input_ids"].numel() if mask is None else int(mask.sum())
-    return count
+    return sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
 
 
 def num_tokens(rows: datasets.Dataset, *, max_chunks: int | None = None) -> float:
@@ -382,20 +378,6 @@ def has_unused_parameters(model: torch.nn.Module, batch: Batch, runtime: Runtime
     unused = any(parameter.grad is None for parameter in trainable)
     model.zero_grad()
     return unused
-
-
-def memory_advice(config: BatchConfig, max_length: int, *, is_auto: bool) -> str:
-    """Return what to say when a training step takes too much memory.
-
-    `is_auto` tells whether --auto-batch-size is given already.
-    """
-    advice = (
-        f"--batch-size {config.batch_size}: a batch of {max_length} tokens does not fit into"
-        " memory; lower it or --max-length"
-    )
-    if is_auto:
-        return advice
-    return f"{advice}, or let --auto-batch-size halve it without changing a step"
 
 
 def activation_bytes(

@@ -318,7 +318,7 @@ class Checkpoints:
         for path, problem in damage.items():
             self.runtime.say(f"resume   {path} is damaged ({problem}); trying the one before it")
         if chosen is None:
-            self._compare(self.run.folder, read_config(self.run.folder).get("identity", {}))
+            self._compare(self.run.folder, read_config(self.run.folder)["identity"])
             return None
         self._compare(chosen, read_json(chosen / STATE)["identity"])
         return str(chosen)

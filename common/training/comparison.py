@@ -20,14 +20,16 @@ from common import terminal
 from common.errors import UserError, counted, one_line, shorten
 from common.files import read_json
 from common.intervals import Interval, bootstrap, holm, mcnemar, percentiles, randomization
-from common.training.resampling import Answers, score_intervals
-from common.training.run import CONFIG, MULTI, REGRESSION, RESULTS, SINGLE, STARTED_IN, Kind
-from common.training.study import headline_scores, latex_table
+from common.training.resampling import Answers
+from common.training.run import CONFIG, MULTI, REGRESSION, RESULTS, SINGLE, STARTED_IN, Kind, is_like
+from common.training.study import headline_scores, latex_table, write_csv
 
 PREDICTIONS = "predictions.csv"
 # of config.json: what a run is called or when it was, and no setting of it
-NO_SETTINGS = ("output_dir", "started", "identity", "versions", "cache_dir", "save_every")
-NO_SETTINGS += ("max_minutes", "keep", "keep_after", STARTED_IN)
+NO_SETTINGS = (
+    *("output_dir", "started", "identity", "versions", "cache_dir", "save_every", "max_minutes"),
+    *("keep", "keep_after", STARTED_IN),
+)
 NUM_SHOWN, TEXT_WIDTH, NAME_WIDTH = 10, 60, 30
 # scores of the table of differences; the share of right texts is tested by McNemar's test
 TESTED: dict[Kind, tuple[str, ...]] = {
@@ -77,6 +79,8 @@ def read_run(folder: Path) -> FinishedRun:
             rows = _keyed(_read_row(line, kind, names) for line in reader)
         if not rows or not isinstance(settings, dict) or not isinstance(results, dict):
             raise ValueError("a file of it is empty")
+        if not isinstance(results["test_intervals"], dict) or not is_like(results["train_seconds"], 0.0):
+            raise ValueError(f"{RESULTS} has no intervals or no time")
         return FinishedRun(str(folder), settings, results, kind, names, rows)
     except (OSError, ValueError, RecursionError, KeyError, TypeError, csv.Error) as error:
         problem = f"no whole run ({one_line(error)})"
@@ -214,8 +218,7 @@ def shared_lines(runs: list[FinishedRun]) -> Iterator[str]:
     texts = {row.text for row in first.rows.values()}
     for run in others:
         shared = len(run.rows.keys() & first.rows.keys())
-        others = [row for key, row in run.rows.items() if key not in first.rows]
-        relabelled = sum(row.text in texts for row in others)
+        relabelled = sum(row.text in texts for key, row in run.rows.items() if key not in first.rows)
         also = f"; with another label: {relabelled:,} of its texts" if relabelled else ""
         tested = "; tested on these" if shared else "; nothing can be tested"
         of = f"{shared:,} of its {len(run.rows):,} test rows are among the {len(first.rows):,}"
@@ -314,16 +317,14 @@ def _score_table(runs: list[FinishedRun]) -> tuple[list[str], list[list[str]]]:
     headers = ["run", *settings, *(name.removeprefix("test_").replace("_", " ") for name in scores)]
     rows = []
     for number, run in enumerate(runs):
-        intervals = _intervals(run)
-        cells = []
+        intervals, cells = run.results["test_intervals"], []
         for name in scores:
             low_high = intervals.get(name.removeprefix("test_"))
             cell = f"{run.results[name]:.4f}"
             interval = "" if low_high is None else f" ({low_high[0]:.4f} to {low_high[1]:.4f})"
             cells.append(f"{cell}{interval}")
-        seconds = run.results.get("train_seconds")
-        time = f"{seconds:.0f}" if _is_number(seconds) else "-"
-        rows.append([run.name, *(values[number] for values in settings.values()), *cells, time])
+        varied = [values[number] for values in settings.values()]
+        rows.append([run.name, *varied, *cells, f"{run.results['train_seconds']:.0f}"])
     return [*headers, "training seconds"], rows
 
 
@@ -333,25 +334,13 @@ def _score_numbers(runs: list[FinishedRun]) -> tuple[list[str], list[list[Any]]]
     scores = [name.removeprefix("test_") for name in headline_scores([run.results for run in runs])]
     rows = []
     for number, run in enumerate(runs):
-        intervals, cells = _intervals(run), []
+        intervals, cells = run.results["test_intervals"], []
         for name in scores:
             cells += [run.results[f"test_{name}"], *intervals.get(name, (None, None))]
         varied = [values[number] for values in settings.values()]
-        rows.append([run.name, *varied, *cells, run.results.get("train_seconds")])
+        rows.append([run.name, *varied, *cells, run.results["train_seconds"]])
     ends = [f"{name}{end}" for name in scores for end in ("", " low", " high")]
     return ["run", *settings, *ends, "training seconds"], rows
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _intervals(run: FinishedRun) -> dict[str, Sequence[float]]:
-    """Return the intervals of a run's scores: of its report, or else from its predictions."""
-    written = run.results.get("test_intervals")
-    if isinstance(written, dict):
-        return written
-    return dict(score_intervals(answers_of(run, list(run.rows), run.names)))
 
 
 def _difference_table(tested: list[Difference]) -> tuple[list[str], list[list[str]]]:
@@ -442,16 +431,12 @@ def _write(
     """Write the tables as CSV and LaTeX, and every text on which the runs disagree as CSV."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (headers, rows) in zip(FILES, numbers):
-        with open(folder / name, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([headers, *rows])
-    with open(folder / FILES[2], "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        columns = [f"{what} {run.name}" for run in runs for what in ("predicted", "confidence")]
-        writer.writerow(["row", "true", *columns, "text"])
-        for key in keys:
-            found = [run.rows.get(key) for run in runs]
-            cells = [cell for row in found for cell in _csv_cells(row)]
-            writer.writerow([runs[0].rows[key].number, "|".join(key[1]), *cells, key[0]])
+        write_csv(folder / name, headers, rows)
+    columns = [f"{what} {run.name}" for run in runs for what in ("predicted", "confidence")]
+    answers = {key: [cell for run in runs for cell in _csv_cells(run.rows.get(key))] for key in keys}
+    first = runs[0].rows
+    lines = [[first[key].number, "|".join(key[1]), *answers[key], key[0]] for key in keys]
+    write_csv(folder / FILES[2], ["row", "true", *columns, "text"], lines)
     (folder / FILES[3]).write_text(latex, encoding="utf-8")
     written = [str(folder / name) for name in FILES if (folder / name).exists()]
     terminal.say(f"\ntables: {', '.join(written)}")

@@ -150,7 +150,7 @@ def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = 
     """Return the labelled splits train, validation and test, and print where they come from.
 
     What else there is, such as the rows that --skip-bad leaves out, is put into `notes`. Raises
-    UserError as `validate` does.
+    UserError as `checked_splits` does.
     """
     notes = DataNotes() if notes is None else notes
     faults = notes.faults if config.skip_bad else None
@@ -159,7 +159,9 @@ def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = 
     splits = choose_splits(source, wanted)
     used = [id(rows) for rows in splits.values()]
     notes.unused = [str(name) for name, rows in source.items() if id(rows) not in used]
-    splits |= _read_split_files(config, faults)
+    for split, file in {"validation": config.validation_file, "test": config.test_file}.items():
+        if file is not None:  # in place of the data set's own
+            splits[split] = _read_file(file, config, faults)
     names = splits["train"].column_names
     texts, labels = config.texts.among(names), config.labels.among(names)
     splits, notes.cleaned = tidy_labels(splits, labels)
@@ -167,7 +169,7 @@ def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = 
         notes.unlabelled = _unlabelled(splits.pop("test"), texts, faults)
     if faults is not None:
         splits, labels = clean(splits, texts, labels, faults)
-    splits = notes.uncut = validate(splits, texts, labels)
+    splits = notes.uncut = checked_splits(splits, texts, labels)
     if config.drop_rare is not None or config.merge_rare is not None:
         splits, notes.rare, notes.rare_rows = without_rare(splits, config.drop_rare, config.merge_rare)
     try:
@@ -263,22 +265,12 @@ def load_rows_for_scoring(
     model was trained on.
     """
     faults: list[Fault] | None = [] if config.skip_bad else None
-    splits = _read_split_files(dataclasses.replace(config, validation_file=None), faults)
-    if not splits:
-        source = _read_source(config, faults)
-        others = {"train": config.train_split, "validation": config.validation_split}
-        splits = choose_splits(source, {"test": config.test_split}) or choose_splits(source, others)
-    to_cut = trained.cut or [split for split in ("validation", "test") if split not in splits]
-    # the split that is scored, or that the test split is cut from: no other has a part in it
-    split = "test" if "test" in splits else "train"
-    splits = {split: splits[split]}
-    names = splits[split].column_names
-    texts, labels = config.texts.among(names), config.labels.among(names)
+    split, rows = _read_rows_for_scoring(config, faults)
+    texts, labels = config.texts.among(rows.column_names), config.labels.among(rows.column_names)
     if labels.label_separator is None and len(labels.columns) == 1:  # several columns have none
         labels = dataclasses.replace(labels, label_separator=trained.label_separator)
-    known = dataclasses.replace(task, names=(*task.names, *trained.rare_classes))
-    splits, _ = tidy_labels(splits, labels, known.names)
-    if "test" in splits and not has_labels(splits["test"], labels):
+    splits, _ = tidy_labels({split: rows}, labels, (*task.names, *trained.rare_classes))
+    if split == "test" and not has_labels(splits[split], labels):
         problem = "it has no labels to compare with"
         raise UserError(f"split test: {problem}; --predict answers for its texts")
     rare, merged = _rare_classes(splits, config, task, trained, texts=texts, labels=labels)
@@ -286,21 +278,20 @@ def load_rows_for_scoring(
     if faults is not None:
         splits, _ = clean(splits, texts, labels, faults, known)
         runtime.say(f"skipped  {counted(len(faults), 'row')} that can't be used")
-    splits = validate(splits, texts, labels, trained=known)
+    splits = checked_splits(splits, texts, labels, trained=known)
     rare_rows: dict[int, str] = {}
     if rare:
         splits[split], rare_rows = _without_rare_as_trained(split, splits[split], rare, merged, task)
     when = ""
-    was_cut = trained.cut is None or "test" in trained.cut  # None: a model that does not tell
-    if split == "train" and was_cut and name_sha256(config.dataset) == trained.dataset_sha256:
-        splits["test"] = _cut_again(splits, config, trained, to_cut)
+    was_cut = "test" in trained.cut and name_sha256(config.dataset) == trained.dataset_sha256
+    if split == "train" and was_cut:
+        splits["test"] = _cut_again(splits, config, trained)
         split, when = "test", ", before the test split was cut"
-    size = config.max_eval_samples
-    rows = sample(splits[split], size, seed=config.seed, flag="--max-eval-samples")
+    rows = sample(splits[split], config.max_eval_samples, seed=config.seed, flag="--max-eval-samples")
     name = config.test_file or config.dataset
     runtime.say(f"data     {name}: {counted(len(rows), 'text')} of its {split} split")
     if merged is not None:  # of those that are scored; the others were left out before
-        rare_rows, when = {row: rare_rows[row] for row in rows["row"][:] if row in rare_rows}, ""
+        rare_rows = {row: rare_rows[row] for row in rows["row"][:] if row in rare_rows}
     if rare_rows:
         runtime.say(f"         {_rare_words([*rare_rows.values()], merged, when)}")
     if split == "train":
@@ -308,11 +299,22 @@ def load_rows_for_scoring(
     return rows
 
 
-def _cut_again(
-    splits: Splits, config: DataConfig, trained: SavedSettings, missing: Sequence[str]
-) -> datasets.Dataset:
-    """Return the test split that the training of a model cut, with the others that were `missing`, from
-    the training split. Raises UserError where it would be another one.
+def _read_rows_for_scoring(config: DataConfig, faults: list[Fault] | None) -> tuple[str, datasets.Dataset]:
+    """Return the name of the split that is scored, or that the test split is cut from, and its rows: no
+    other split has a part in the scores.
+    """
+    if config.test_file is not None:
+        return "test", _read_file(config.test_file, config, faults)
+    source = _read_source(config, faults)
+    if splits := choose_splits(source, {"test": config.test_split}):
+        return "test", splits["test"]
+    others = {"train": config.train_split, "validation": config.validation_split}
+    return "train", choose_splits(source, others)["train"]
+
+
+def _cut_again(splits: Splits, config: DataConfig, trained: SavedSettings) -> datasets.Dataset:
+    """Return the test split that the training of a model cut from the training split. Raises UserError
+    where it would be another one.
     """
     seed, flag = trained.split_seed, "--split-seed"
     if seed is None:
@@ -320,8 +322,8 @@ def _cut_again(
     if seed != config.seed:
         problem = f"the model was trained with {flag} {seed}, which cuts a different test split"
         raise UserError(f"{flag} {config.seed}: {problem}; use that seed")
-    splits, _ = cut_missing_splits(splits, seed=config.seed, missing=missing)
-    if trained.test_sha256 not in (None, texts_sha256(splits["test"])):
+    splits, _ = cut_missing_splits(splits, seed=config.seed, missing=trained.cut)
+    if trained.test_sha256 != texts_sha256(splits["test"]):
         problem = "the test split that is cut from it now is not the one of the training, so that texts"
         problem += " of the training would be scored: the data or the flags have changed since"
         advice = "give the file and the flags of the training, or texts that the model has not seen"
@@ -407,16 +409,10 @@ def _read_source(config: DataConfig, faults: list[Fault] | None) -> datasets.Dat
     return _read_named(config.dataset, read, faults)
 
 
-def _read_split_files(config: DataConfig, faults: list[Fault] | None) -> Splits:
-    """Return the splits that have a file of their own."""
-    files = {"validation": config.validation_file, "test": config.test_file}
+def _read_file(file: str, config: DataConfig, faults: list[Fault] | None) -> datasets.Dataset:
+    """Return the rows of a split that has a file of its own."""
     options = {"as_text": config.columns, "options": config.files, "cache_dir": config.cache_dir}
-    splits = {}
-    for split, file in files.items():
-        if file is not None:
-            read = functools.partial(reading.read_file, Path(file), **options)
-            splits[split] = _read_named(file, read, faults)
-    return splits
+    return _read_named(file, functools.partial(reading.read_file, Path(file), **options), faults)
 
 
 def _read_named(name: str, read: Callable[..., T], faults: list[Fault] | None) -> T:
@@ -449,7 +445,7 @@ def choose_splits(source: datasets.DatasetDict, wanted: dict[str, str | None]) -
     return chosen
 
 
-def validate(
+def checked_splits(
     splits: Splits,
     texts: TextColumns = TextConfig().among(()),  # noqa: B008  (frozen)
     labels: LabelColumns = LabelConfig().among(()),  # noqa: B008

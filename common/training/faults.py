@@ -18,16 +18,16 @@ from common import reading, terminal
 from common.columns import ROW, require_column
 from common.errors import Fault, UserError, counted, listed, quoted, shorten
 from common.sources import is_blank
-from common.training.duplicates import duplicate_lines
+from common.training.duplicates import SHOWN_GROUPS, SHOWN_ROWS, duplicate_lines
 from common.training.labels import (
     DECIMAL,
-    FLAGS,
     LISTS,
     MISSING,
     WHOLE,
     LabelColumns,
     cells_as_names,
     find_kind,
+    is_flag,
     is_number,
     seen_name,
     separated,
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 NOT_UTF8 = "not UTF-8"
 TYPICAL = 0.9  # share of the rows that tells what kind of labels a column has
-SHOWN_ROWS, SHOWN_GROUPS = 5, 10
 SURE_SEPARATORS = ";|"  # of labels in one cell: they are hardly ever part of a name
 SEPARATORS = SURE_SEPARATORS + ",/"
 RARE = 10  # texts of a class in training, below which it is said
@@ -121,7 +120,7 @@ def _kind(rows: datasets.Dataset, labels: LabelColumns) -> Kind:
     has_none = [any(cell is None or is_blank(cell) for cell in row) for row in cells]
     present = [number for number, is_missing in enumerate(has_none) if not is_missing]
     typical = present
-    for is_typical in (_is_flag, _is_numeric) if len(labels.columns) > 1 else (_is_numeric,):
+    for is_typical in (is_flag, _is_numeric) if len(labels.columns) > 1 else (_is_numeric,):
         alike_rows = [number for number in present if all(map(is_typical, cells[number]))]
         if len(alike_rows) >= TYPICAL * len(present):
             typical = alike_rows
@@ -130,12 +129,8 @@ def _kind(rows: datasets.Dataset, labels: LabelColumns) -> Kind:
     return find_kind(some, labels) if typical else SINGLE
 
 
-def _is_flag(value: str) -> bool:
-    return value.strip().lower() in FLAGS
-
-
 def _is_numeric(value: str) -> bool:
-    return DECIMAL.fullmatch(value) is not None or _is_flag(value)
+    return DECIMAL.fullmatch(value) is not None or is_flag(value)
 
 
 def text_problems(rows: datasets.Dataset, texts: TextColumns) -> Iterator[str]:
@@ -174,24 +169,24 @@ def _label_problems(rows: datasets.Dataset, kind: Kind, labels: LabelColumns) ->
         usual = lengths.most_common(1)[0][0] if lengths else 0
         return [_list_problem(cell, kind, usual) for cell in cells]
     problems = [""] * len(rows)
-    is_flag = kind == MULTI and labels.label_separator is None
+    may_be_flags = kind == MULTI and labels.label_separator is None
     for column in columns:
         values = cells_as_names(rows, column)
-        numeric = [value for value in values if value is not None and _is_flag(value)]
-        flags = is_flag and (len(columns) > 1 or len(numeric) >= TYPICAL * len(values))
+        flags = [value for value in values if value is not None and is_flag(value)]
+        are_flags = may_be_flags and (len(columns) > 1 or len(flags) >= TYPICAL * len(values))
         for number, value in enumerate(values):
-            problems[number] = problems[number] or _cell_problem(value, kind, labels, is_flag=flags)
+            problems[number] = problems[number] or _cell_problem(value, kind, labels, are_flags)
     return problems
 
 
-def _cell_problem(value: str | None, kind: Kind, labels: LabelColumns, *, is_flag: bool) -> str:
+def _cell_problem(value: str | None, kind: Kind, labels: LabelColumns, are_flags: bool) -> str:
     if labels.label_separator is not None:
         return ""  # no label is a label there
     if value is None or is_blank(value):
         return "the label is missing"
     if kind == REGRESSION and not is_number(value):
         return "the label is no number"
-    if is_flag and not _is_flag(value):
+    if are_flags and not is_flag(value):
         return "the label is neither 0 nor 1"
     return ""
 

@@ -126,14 +126,12 @@ def length_table(tokenized: Splits) -> str:
     return table(lines, headers, stralign="right", disable_numparse=[0])
 
 
-def show_comparison(
-    text: str, tokenizers: dict[str, PreTrainedTokenizerBase], *, max_words: int = SENTENCE_WORDS
-) -> None:
+def show_comparison(text: str, tokenizers: dict[str, PreTrainedTokenizerBase]) -> None:
     """Print how two tokenizers see the beginning of a text, and what each makes of the other's ids.
 
     `tokenizers` maps two names to tokenizers.
     """
-    sentence = " ".join(text.split()[:max_words])
+    sentence = " ".join(text.split()[:SENTENCE_WORDS])
     say(f"\nTWO TOKENIZERS on {sentence!r}")
     ids = {name: tokenizer(sentence)["input_ids"] for name, tokenizer in tokenizers.items()}
     columns = []

@@ -209,8 +209,13 @@ def are_few(labels: Sequence[Any]) -> bool:
     return len(different) <= MOST_DECIMALS and 2 * len(different) <= len(labels)
 
 
+def is_flag(value: str) -> bool:
+    """Tell whether a label says yes or no: 1 or true, 0 or false."""
+    return value.strip().lower() in FLAGS
+
+
 def _is_yes_or_no(values: Sequence[str | None]) -> bool:
-    return all(value is None or value.strip().lower() in FLAGS for value in values)
+    return all(value is None or is_flag(value) for value in values)
 
 
 def _are_flags(values: Sequence[list | None]) -> bool:

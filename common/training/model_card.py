@@ -58,7 +58,7 @@ SETTINGS = {
     "precision": "",
     "device": "",
 }
-METRICS = {  # as the Hub names them
+HUB_METRICS = {  # as the Hub names them
     SINGLE: "accuracy, f1",
     MULTI: "f1, roc_auc",
     REGRESSION: "mse, pearsonr, spearmanr",
@@ -89,7 +89,7 @@ def _card_text(outcome: Outcome, splits: Splits) -> str:
     return f"""---
 library_name: transformers
 pipeline_tag: text-classification
-{base_model}metrics: [{METRICS[task.kind]}]
+{base_model}metrics: [{HUB_METRICS[task.kind]}]
 ---
 
 # {title}

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from common import cli
 from common.columns import names_beside
 from common.errors import Fault, UserError
 from common.files import named_in_errors, only_writer, read_json, replace_file, sync_folder
@@ -30,12 +31,12 @@ ENDINGS = (".jsonl", ".csv", ".parquet")
 OWN_COLUMNS = ("row", "label", "labels", "confidence", "prediction", "scores")
 
 
-def partial(output: Path) -> Path:
+def partial_file(output: Path) -> Path:
     """Return the file that holds a part of the predictions."""
     return output.with_name(f"{output.name}.partial")
 
 
-def progress(output: Path) -> Path:
+def progress_file(output: Path) -> Path:
     """Return the file that tells how far they have come."""
     return output.with_name(f"{output.name}.progress")
 
@@ -59,22 +60,16 @@ def check_output(name: str, *, resume: bool) -> None:
         return
     if path.exists():
         raise UserError(f"--output {name}: it exists; name another file, or remove it")
-    if partial(path).exists():
+    if partial_file(path).exists():
         raise UserError(
             f"--output {name}: a part of it has been written; add --resume to go on, or remove"
-            f" {partial(path).name}"
+            f" {partial_file(path).name}"
         )
 
 
 def write_bad_rows(path: Path, faults: Sequence[Fault]) -> None:
     """Write rows that were left out as JSON lines: where each is, its problem and its content."""
-    lines = [
-        json.dumps(
-            {"source": fault.source, "row": fault.row, "problem": fault.problem, "content": fault.content},
-            ensure_ascii=False,
-        )
-        for fault in faults
-    ]
+    lines = [json.dumps(dataclasses.asdict(fault), ensure_ascii=False) for fault in faults]
     replace_file(path, "".join(f"{line}\n" for line in lines))
 
 
@@ -98,7 +93,7 @@ def write_csv(path: Path, answers: list[dict]) -> None:
     path.write_bytes(_csv_block(answers, with_header=True))
 
 
-class Predictions:
+class PredictionFile:
     """A file of predictions that is being written: whole blocks of rows, and how many they are.
 
     What counts is in the file of progress, which is replaced after each block is on the disk. What
@@ -133,31 +128,34 @@ class Predictions:
         elif ending == ".csv":
             block = _csv_block(with_columns(columns, answers), with_header=not self.num_rows)
         else:
-            block = b"".join(_json_line(line) for line in with_columns(columns, answers))
-        with named_in_errors(partial(self.output)):
+            lines = "".join(f"{cli.json_text(line)}\n" for line in with_columns(columns, answers))
+            block = lines.encode("utf-8", "backslashreplace")
+        with named_in_errors(partial_file(self.output)):
             self.file.write(block)
             self.file.flush()
             os.fsync(self.file.fileno())
         self.state |= {"rows": self.num_rows + len(answers), "bytes": self.file.tell()}
-        replace_file(progress(self.output), json.dumps(self.state))
+        replace_file(progress_file(self.output), json.dumps(self.state))
 
     def finish(self) -> None:
         """Give the complete file its name."""
         if self.file is None:
             return
-        source = partial(self.output)
+        source = partial_file(self.output)
         if self.output.suffix.lower() == ".parquet":
             source = self.output.with_name(f"{self.output.name}.new")
-            _write_parquet(partial(self.output), source)
+            _write_parquet(partial_file(self.output), source)
         os.replace(source, self.output)
         sync_folder(self.output.parent)
         if not self.keep_progress:
-            progress(self.output).unlink(missing_ok=True)
-        partial(self.output).unlink(missing_ok=True)
+            progress_file(self.output).unlink(missing_ok=True)
+        partial_file(self.output).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def open_predictions(name: str, *, identity: dict, resume: bool, runtime: Runtime) -> Iterator[Predictions]:
+def open_predictions(
+    name: str, *, identity: dict, resume: bool, runtime: Runtime
+) -> Iterator[PredictionFile]:
     """Yield the file of predictions to go on with, which one process of a job writes.
 
     Raises UserError when what is there was written with another `identity`: from other texts, by
@@ -169,25 +167,25 @@ def open_predictions(name: str, *, identity: dict, resume: bool, runtime: Runtim
         def find_state() -> dict:
             stack.enter_context(only_writer(output, flag="--output"))
             check_output(name, resume=resume)
-            if not output.exists() and not partial(output).exists():
+            if not output.exists() and not partial_file(output).exists():
                 return {"identity": identity, "rows": 0, "bytes": 0}
             return _read_state(output, identity)
 
         state = runtime.broadcast_from_main(find_state)
         if not runtime.is_main or state.get("is_complete"):
-            yield Predictions(output, None, state)
+            yield PredictionFile(output, None, state)
             return
-        file = stack.enter_context(open(partial(output), "r+b" if state["bytes"] else "wb"))
+        file = stack.enter_context(open(partial_file(output), "r+b" if state["bytes"] else "wb"))
         file.truncate(state["bytes"])
         file.seek(state["bytes"])
         if not state["rows"]:
-            replace_file(progress(output), json.dumps(state))
-        yield Predictions(output, file, state, keep_progress=resume)
+            replace_file(progress_file(output), json.dumps(state))
+        yield PredictionFile(output, file, state, keep_progress=resume)
 
 
 def _read_state(output: Path, identity: dict) -> dict:
-    path, is_complete = progress(output), output.exists() and not partial(output).exists()
-    remove = f"remove {path.name} and {partial(output).name}"
+    path, is_complete = progress_file(output), output.exists() and not partial_file(output).exists()
+    remove = f"remove {path.name} and {partial_file(output).name}"
     if is_complete:
         remove = "remove it, or name another file"
     damaged = UserError(f"--output {output}: {path.name} is damaged or missing; {remove}")
@@ -196,7 +194,7 @@ def _read_state(output: Path, identity: dict) -> dict:
         raise UserError(f"--output {output}: {problem}; {remove}")
     try:
         state = read_json(path)
-        size = partial(output).stat().st_size if partial(output).exists() else 0
+        size = partial_file(output).stat().st_size if partial_file(output).exists() else 0
         is_whole = all(type(state[key]) is int and state[key] >= 0 for key in ("rows", "bytes"))
         before = dict(state["identity"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -212,20 +210,6 @@ def _read_state(output: Path, identity: dict) -> dict:
 
 
 # Blocks of rows -----------------------------------------------------------------------------------
-
-
-def _json_line(line: dict) -> bytes:
-    values = {key: _finite(value) for key, value in line.items()}
-    return (json.dumps(values, ensure_ascii=False, default=str) + "\n").encode("utf-8", "backslashreplace")
-
-
-def _finite(value: Any) -> Any:
-    """Return a value with null for what JSON has no number for."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
 def _flat(answer: dict) -> dict:

@@ -458,10 +458,10 @@ def read_config(run_folder: Path) -> dict:
     path = run_folder / CONFIG
     try:
         config = read_json(path)
-        if not isinstance(config, dict) or not isinstance(config.get("identity", {}), dict):
+        if not isinstance(config["identity"], dict) or not isinstance(config[STARTED_IN], str):
             raise ValueError("it holds no settings")
         return config
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         advice = "start a new run with another --output-dir"
         raise UserError(f"--resume: {path} is damaged; {advice}") from error
 
@@ -524,10 +524,9 @@ def saved_flags(output_dir: str | None, resume: str) -> dict[str, object]:
         return {}
     if (run.folder / STUDY).is_file():
         study = read_study(run.folder)
-        return {**study["flags"], STARTED_IN: study.get(STARTED_IN)}
+        return {**study["flags"], STARTED_IN: study[STARTED_IN]}
     config = read_config(run.folder)
-    identity = config.get("identity", {})
-    kinds = {name: identity.get(f"--{name}") for name in ("device", "precision")}
+    kinds = {name: config["identity"].get(f"--{name}") for name in ("device", "precision")}
     return {**{name: value for name, value in config.items() if name not in NO_FLAGS}, **kinds}
 
 
@@ -536,7 +535,8 @@ def read_study(folder: Path) -> dict[str, Any]:
     path = folder / STUDY
     try:
         content = read_json(path)
-        if not isinstance(content["flags"], dict) or not isinstance(content["axes"], dict):
+        kinds = {"flags": dict, "axes": dict, "data": dict, STARTED_IN: str}
+        if not all(isinstance(content[name], kind) for name, kind in kinds.items()):
             raise ValueError("no flags")
         return content
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
@@ -566,7 +566,7 @@ def compare_flags(path: Path, written: dict, flags: Mapping[str, object]) -> Non
     """
     now = identity_of_flags(flags)
     now = {name: value for name, value in now.items() if value not in LEFT_OPEN}
-    before = written.get("identity", {})
+    before = written["identity"]
     refuse_changes(path, changes({name: before.get(name) for name in now}, now))
 
 

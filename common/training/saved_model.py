@@ -71,7 +71,7 @@ class SavedModel:
                 f"--model {self.name}: {SETTINGS_FILE} has {counted(len(thresholds), 'threshold')} for"
                 f" {counted(len(labels), 'label')}; copy it from the run once more"
             )
-        return thresholds
+        return tuple(thresholds)
 
     def baseline(self) -> Label | None:
         """Return the answer of a baseline, None where training left none. Raises UserError when it is

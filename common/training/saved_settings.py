@@ -7,12 +7,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import model_files, reading
 from common.errors import UserError
-from common.files import replace_file
+from common.files import read_json, replace_file
 from common.training.labels import Label
 from common.training.run import DEFAULT_TRUNCATION, JOIN, PAIR, TRUNCATIONS, is_like
 
@@ -60,12 +61,12 @@ class SavedSettings:
     label_column: str | None = None
     label_separator: str | None = None
     positive_class: str | None = None
-    thresholds: tuple[float, ...] = ()  # one per label
+    thresholds: Sequence[float] = ()  # one per label
     temperature: float = 1.0  # by which logits are divided; not 1 if the model was calibrated
-    cut: list[str] | None = None  # splits that were cut from the training split
+    cut: Sequence[str] = ()  # splits that were cut from the training split
     test_sha256: str | None = None  # of the texts of the test split, if it was cut
     baseline: Label | None = None  # the answer of a baseline, such as the most frequent class
-    rare_classes: tuple[str, ...] = ()  # that were left out of the training, or made one class:
+    rare_classes: Sequence[str] = ()  # that were left out of the training, or made one class:
     merge_rare: str | None = None  # its name
 
     @property
@@ -91,8 +92,8 @@ def save_temperature(folder: Path, temperature: float) -> None:
     """
     from common.training.calibration import moved_thresholds
 
-    settings = _read_json(folder, str(folder))
-    if settings.get("thresholds"):
+    settings = read_json(folder / SETTINGS_FILE)
+    if "thresholds" in settings:
         settings["thresholds"] = moved_thresholds(settings["thresholds"], temperature)
     settings["temperature"] = temperature
     replace_file(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
@@ -102,59 +103,36 @@ def read_settings(folder: Path, name: str) -> SavedSettings:
     """Return how the model in a folder was trained. Raises UserError, naming the model, when the file
     is damaged: the model would be scored in another way than before.
     """
-    settings = _read_json(folder, name)
-    is_combined = settings.get("text_mode") in (PAIR, JOIN)
-    return SavedSettings(
-        dataset_sha256=settings.get(OWN_SETTING),
-        seed=settings.get("seed"),
-        split_seed=settings.get("split_seed"),
-        truncation=settings.get("truncation", DEFAULT_TRUNCATION),
-        text_mode=settings["text_mode"] if is_combined else None,
-        join_with=str(settings.get("join_with", " ")),
-        text_column=settings.get("text_column"),
-        label_column=settings.get("label_column"),
-        label_separator=settings.get("label_separator"),
-        positive_class=settings.get("positive_class"),
-        thresholds=tuple(settings.get("thresholds", ())),
-        temperature=settings.get("temperature", 1.0),
-        cut=settings.get("cut"),
-        test_sha256=settings.get("test_sha256"),
-        baseline=settings.get("baseline"),
-        rare_classes=tuple(settings.get("rare_classes", ())),
-        merge_rare=settings.get("merge_rare"),
-    )
-
-
-def _read_json(folder: Path, name: str) -> dict:
-    """Return what `training.json` holds, checked; {} if this script did not train the model."""
     path = folder / SETTINGS_FILE
     settings = model_files.read_json(path, f"--model {name}") if path.is_file() else {}
     if OWN_SETTING not in settings:  # on the Hub, others may call a file of theirs so
-        return {}
-    rare = settings.get("rare_classes", [])
-    split_seed, thresholds = settings.get("split_seed"), settings.get("thresholds", [])
-    temperature = settings.get("temperature", 1.0)
-    is_known = {
+        return SavedSettings()
+    own = [field.name for field in dataclasses.fields(SavedSettings) if field.name in settings]
+    saved = SavedSettings(**{setting: settings[setting] for setting in own})
+    is_usable = {
         "truncation": settings.get("truncation") in TRUNCATIONS,
-        "seed": _is_seed(settings.get("seed")),
-        "thresholds": isinstance(thresholds, list)
-        and all(is_like(value, 0.5) and 0 <= value <= 1 for value in thresholds),
-        "temperature": is_like(temperature, 1.0) and temperature > 0,
-        "split_seed": split_seed is None or _is_seed(split_seed),
-        "text_column": isinstance(settings.get("text_column", ""), str),
-        "label_column": isinstance(settings.get("label_column", ""), str),
-        "cut": settings.get("cut") in (None, [], ["validation"], ["test"], ["validation", "test"]),
-        "label_separator": isinstance(settings.get("label_separator"), str | None),
-        "rare_classes": isinstance(rare, list) and all(isinstance(name, str) for name in rare),
-        "merge_rare": isinstance(settings.get("merge_rare"), str | None),
+        "seed": _is_seed(saved.seed),
+        "split_seed": saved.split_seed is None or _is_seed(saved.split_seed),
+        "text_mode": saved.text_mode in (None, PAIR, JOIN),
+        "join_with": isinstance(saved.join_with, str),
+        "text_column": isinstance(saved.text_column, str | None),
+        "label_column": isinstance(saved.label_column, str | None),
+        "label_separator": isinstance(saved.label_separator, str | None),
+        "thresholds": isinstance(saved.thresholds, list | tuple)
+        and all(is_like(value, 0.5) and 0 <= value <= 1 for value in saved.thresholds),
+        "temperature": is_like(saved.temperature, 1.0) and saved.temperature > 0,
+        "cut": saved.cut in ((), [], ["validation"], ["test"], ["validation", "test"]),
+        "rare_classes": isinstance(saved.rare_classes, list | tuple)
+        and all(isinstance(name, str) for name in saved.rare_classes),
+        "merge_rare": isinstance(saved.merge_rare, str | None),
     }
-    for setting, is_usable in is_known.items():
-        if not is_usable:
+    for setting, usable in is_usable.items():
+        if not usable:
             raise UserError(
                 f"--model {name}: {path} has no usable {setting} ({settings.get(setting)!r:.40});"
                 " copy it from the run once more"
             )
-    return settings
+    return saved
 
 
 def _is_seed(value: object) -> bool:

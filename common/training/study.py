@@ -49,12 +49,9 @@ if TYPE_CHECKING:
 
     from common.intervals import Spread
 
-# flags that a grid can't vary: those that belong to the study, and the
-# seed, which has a flag of its own
-NOT_IN_GRIDS = ("output_dir", "cache_dir", "seed", "seeds", "grid", "keep", "keep_after")
-NOT_IN_GRIDS += ("max_minutes",)
+# flags that a grid can't vary: those that belong to the study, and the seed, which has a flag of its own
+NOT_IN_GRIDS = ("output_dir", "cache_dir", "seed", "seeds", "grid", "keep", "keep_after", "max_minutes")
 STOPPED = (129, 130, 143, -1, -2, -15)  # exit codes of a run that a signal has stopped, or ended at its start
-DATA = "data"  # in study.json: what is read -> the SHA-256 of each of its files
 DATA_FLAGS = ("dataset", "validation_file", "test_file")
 TABLES = ("runs.csv", "study.csv", "study.tex")
 POLL_SECONDS = 0.1
@@ -116,7 +113,7 @@ def is_study(args: argparse.Namespace) -> bool:
     return args.resume is not None and folder is not None and (Path(folder) / STUDY).is_file()
 
 
-def make_plan(
+def make_study(
     parser: cli.Parser, args: argparse.Namespace, not_settings: Iterable[str], *, name: str
 ) -> Study:
     """Return the runs that the flags ask for; nothing is written yet.
@@ -183,14 +180,16 @@ def _plan_runs(
 ) -> Iterator[Planned]:
     """Yield a run for each combination of values, the last axis changing first, and each seed."""
     base = {flag: value for flag, value in given.items() if flag not in {*axes, "seeds", "grid"}}
+    switches = {action.dest for action in parser._actions if action.nargs == 0}
     for values in itertools.product(*axes.values()):
         setting = dict(zip(axes, values))
+        varied = {name: value == "true" if name in switches else value for name, value in setting.items()}
         for seed in seeds:
             path = folder / _folder_name(setting) / f"seed-{seed}"
             own = {"seed": seed, "output_dir": str(path), "resume_or_start": True}
-            flags = parser.as_flags({"keep_after": 0, **base, **own})
+            flags = parser.as_flags({"keep_after": 0, **base, **own, **varied})
             written = {_flag(name): value for name, value in setting.items()}
-            yield Planned(written, seed, path, [*flags, *_as_flags(parser, setting)])
+            yield Planned(written, seed, path, flags)
 
 
 def _flag(name: str) -> str:
@@ -221,20 +220,8 @@ def _axes(parser: cli.Parser, args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def _folder_name(setting: dict[str, str]) -> str:
-    named = [(_flag(name), re.sub(r"[^A-Za-z0-9.+]+", "-", value)) for name, value in setting.items()]
-    parts = [f"{name}-{value}" for name, value in named]
-    return "_".join(parts)
-
-
-def _as_flags(parser: cli.Parser, setting: dict[str, str]) -> list[str]:
-    switches = {action.dest for action in parser._actions if action.nargs == 0}
-    flags = []
-    for name, value in setting.items():
-        if name not in switches:
-            flags.append(f"--{_flag(name)}={value}")
-        elif value == "true":
-            flags.append(f"--{_flag(name)}")
-    return flags
+    named = ((_flag(name), re.sub(r"[^A-Za-z0-9.+]+", "-", value)) for name, value in setting.items())
+    return "_".join(f"{name}-{value}" for name, value in named)
 
 
 def _hash_data(args: argparse.Namespace, axes: dict[str, list[str]]) -> dict[str, dict[str, str]]:
@@ -268,10 +255,10 @@ def _require_same_study(parser: cli.Parser, study: Study, axes: dict[str, list[s
         both = (before["axes"], axes)
         was, now = (", ".join(map(_flag, sorted(names))) or "none" for names in both)
         refuse_changes(study.folder, [f"the flags that are varied were {was}, are {now}"])
-    if DATA not in before or not any(is_finished(run.folder) for run in study.runs):
-        return  # a study of an earlier state; or what it was started with may have been corrected
-    for flag in {**before[DATA], **study.data}:
-        was, now = before[DATA].get(flag), study.data.get(flag)
+    if not any(is_finished(run.folder) for run in study.runs):
+        return  # what it was started with may have been corrected
+    for flag in {**before["data"], **study.data}:
+        was, now = before["data"].get(flag), study.data.get(flag)
         is_another_value = " " in flag and None in (was, now)  # of an axis
         if was != now and not is_another_value:
             problem = f"the data of {flag} are not those of its finished runs"
@@ -454,7 +441,7 @@ def run_study(study: Study, script: Path, *, device: str, max_minutes: float | N
             for name, value in run.setting.items():
                 axes.setdefault(name.replace("-", "_"), []).append(value)
         different = {name: list(dict.fromkeys(values)) for name, values in axes.items()}
-        content = {"flags": study.flags, "axes": different, DATA: study.data, STARTED_IN: os.getcwd()}
+        content = {"flags": study.flags, "axes": different, "data": study.data, STARTED_IN: os.getcwd()}
         replace_file(study.folder / STUDY, json.dumps(content, indent=2) + "\n")
         at_once = ", one after another"
         if len(slots) > 1:
@@ -582,24 +569,28 @@ def latex_table(headers: list[str], rows: list[list[str]]) -> str:
     return text.replace("±", r"$\pm$") + "\n"
 
 
+def write_csv(path: Path, headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table as programs read it."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([headers, *rows])
+
+
 def _write_tables(
     folder: Path, lines: list[Line], runs: list[Planned], results: list[dict[str, Any]], latex: str
 ) -> None:
     """Write runs.csv (a line per run), study.csv (one per setting and result) and study.tex."""
     axes = list(lines[0].setting)
     numbers = [name for name, value in results[0].items() if isinstance(value, int | float)]
-    with open(folder / TABLES[0], "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*axes, "seed", "folder", *numbers])
-        for run, values in zip(runs, results):
-            cells = [values.get(name) for name in numbers]
-            writer.writerow([*run.setting.values(), run.seed, run.folder, *cells])
-    with open(folder / TABLES[1], "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*axes, "result", "seeds", "mean", "standard deviation", "low", "high"])
-        for line in lines:
-            for name, spread in line.results.items():
-                low, high = spread.interval or (None, None)
-                numbers_of = [spread.count, spread.mean, spread.deviation, low, high]
-                writer.writerow([*line.setting.values(), name, *numbers_of])
+    of_runs = [
+        [*run.setting.values(), run.seed, run.folder, *map(values.get, numbers)]
+        for run, values in zip(runs, results)
+    ]
+    of_settings = [
+        [*line.setting.values(), name, one.count, one.mean, one.deviation, *(one.interval or (None, None))]
+        for line in lines
+        for name, one in line.results.items()
+    ]
+    measures = ["result", "seeds", "mean", "standard deviation", "low", "high"]
+    write_csv(folder / TABLES[0], [*axes, "seed", "folder", *numbers], of_runs)
+    write_csv(folder / TABLES[1], [*axes, *measures], of_settings)
     (folder / TABLES[2]).write_text(latex, encoding="utf-8")

@@ -31,7 +31,7 @@ from common.training.run import CONFIG, RESULTS, STARTED_IN, UNFINISHED_CONFIG
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METRICS = "metrics.jsonl"
+CURVES = "metrics.jsonl"
 COST_OF_TRAINING = 3  # of a token, beside that of a token in evaluation
 STEPS_BEFORE_FORECAST = 5
 REPORTED_PACKAGES = ("transformers", "datasets", "tokenizers", "evaluate", "scikit-learn")
@@ -126,9 +126,9 @@ class RunLog:
         replace_file(folder / CONFIG, json.dumps(written, indent=2) + "\n")
         self.folder, self.settings = folder, settings
         if resume_at is not None:
-            _cut(folder / METRICS, resume_at.num_bytes)
+            _cut(folder / CURVES, resume_at.num_bytes)
         # open as long as the run
-        self.lines = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115
+        self.lines = open(folder / CURVES, "a", encoding="utf-8")  # noqa: SIM115
         purge_step = None if resume_at is None else resume_at.step + 1
         self.writer = SummaryWriter(str(folder), purge_step=purge_step)
 
@@ -162,8 +162,7 @@ class RunLog:
         text = json.dumps(results, indent=2) + "\n"
         replace_file(self.folder / RESULTS, text)  # once it is there, the run is finished
         plain = (bool, int, float, str)
-        numbered = self.settings.items()
-        settings = {name: value for name, value in numbered if isinstance(value, plain)}
+        settings = {name: value for name, value in self.settings.items() if isinstance(value, plain)}
         file_writer = self.writer._get_file_writer()
         assert file_writer is not None
         for summary in hparams(settings, dict.fromkeys(curves, 0.0)):

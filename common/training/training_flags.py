@@ -360,7 +360,8 @@ def flags_besides(parser: cli.Parser, argv: Sequence[str]) -> list[str]:
         if given.get(name, saved.get(name)) != saved.get(name)
     }
     others = {name: value for name, value in saved.items() if name not in not_saved}
-    require_same_place(Path(resume or given.get("output_dir", "")), others)
+    if saved:
+        require_same_place(Path(resume or given["output_dir"]), others)
     return parser.as_flags({"resume": resume, **others})
 
 
@@ -368,16 +369,13 @@ def require_same_place(run: Path, saved: Mapping[str, object]) -> None:
     """Raise UserError for a file or folder that a run has named from the folder in which it was started,
     and that is not here: it would be looked for on the Hub.
     """
-    started_in = saved.get(STARTED_IN)
-    if not isinstance(started_in, str):  # a run of before, which did not note it
-        return
     for name in ("dataset", "validation_file", "test_file", "model", "tokenizer"):
         value = saved.get(name)
         if not isinstance(value, str) or bundled.is_bundled(value) or os.path.exists(value):
             continue
-        if os.path.exists(os.path.join(started_in, value)):
+        if os.path.exists(os.path.join(str(saved[STARTED_IN]), value)):
             flag = f"--{name.replace('_', '-')}"
-            problem = f"the run was started in {started_in}, and its {flag} {value} is not here"
+            problem = f"the run was started in {saved[STARTED_IN]}, and its {flag} {value} is not here"
             raise UserError(f"--resume {run}: {problem}; continue it there, or name {flag} too")
 
 
@@ -417,17 +415,15 @@ def check_flags(args: argparse.Namespace) -> None:
     default_of = make_parser().get_default
     if args.evaluate_only or args.predict is not None:
         cli.refuse_unused(args, OF_TRAINING, default_of, "it belongs to a training, and none is made")
-    if args.predict is not None:
-        cli.refuse_unused(args, OF_LABELS, default_of, "--predict reads its own file, and no labels")
-    is_table = cli.file_options(args).is_table
+    options = cli.file_options(args)
     if args.predict is not None:  # an empty name is a mistake, not a wish to train
-        sources.check_texts(args.predict, any_suffix=is_table)
+        cli.refuse_unused(args, OF_LABELS, default_of, "--predict reads its own file, and no labels")
+        sources.check_texts(args.predict, any_suffix=options.is_table)
         check_output_flags(args)
-        options = cli.file_options(args)
         reading.check_columns(args.predict, {}, options=options)
         return
     cli.refuse_unused(args, OF_PREDICTIONS, default_of, "it works with --predict only")
-    sources.check_data(args.dataset, any_suffix=is_table)
+    sources.check_data(args.dataset, any_suffix=options.is_table)
     if not args.inspect and not args.evaluate_only:
         if args.task != "auto":  # else when the labels have told it
             check_task(args.task, vars(args))
@@ -547,7 +543,7 @@ def check_study(args: argparse.Namespace) -> None:
 def plan_study(args: argparse.Namespace) -> study.Study:
     """Return the runs that --seeds, --grid and --lr ask for."""
     left_out = {*NOT_SETTINGS} - {"seeds", "grid"}
-    return study.make_plan(make_parser(), args, left_out, name=run_name(args))
+    return study.make_study(make_parser(), args, left_out, name=run_name(args))
 
 
 def is_done(args: argparse.Namespace) -> bool:
@@ -587,12 +583,8 @@ def shown_while_loading(args: argparse.Namespace) -> str | None:
     return f"{args.model} and {args.dataset if args.predict is None else args.predict}"
 
 
-def is_training(args: argparse.Namespace) -> bool:
-    """Tell whether the flags ask for a training, and nothing instead of it."""
-    return not any(getattr(args, name) for name in INSTEAD)
-
-
 def needs_no_model(args: argparse.Namespace) -> bool:
     """Tell whether nothing is to be trained or scored in this process."""
-    only_compares = args.compare is not None
-    return only_compares or (is_training(args) and (study.is_study(args) or is_done(args)))
+    if any(getattr(args, name) for name in INSTEAD):
+        return args.compare is not None
+    return study.is_study(args) or is_done(args)

@@ -178,18 +178,16 @@ class Texts:
 
     def blocks(self, size: int, *, without: set[int], skipped: int = 0) -> Iterator[TextBlock]:
         """Yield `size` texts at a time, but those `without` and the first `skipped` of the rest."""
-        numbers = (number for number in itertools.count(1) if number not in without)
         if self.table is None:
             lines = enumerate(reading.raw_lines(self.file), start=1)
-            lines = ((number, line) for number, line in lines if number not in without)
-            good = ((number, line.decode("utf-8-sig")) for number, line in lines)
+            good = ((number, line.decode("utf-8-sig")) for number, line in lines if number not in without)
             good = itertools.islice(good, skipped, None)
             while block := list(itertools.islice(good, size)):
                 texts: Any = [split_pair(text) if self.is_pair else text for _, text in block]
                 yield TextBlock([number for number, _ in block], texts, None)
             return
+        numbers = (number for number in range(1, len(self.table) + 1) if number not in without)
         numbers = itertools.islice(numbers, skipped, None)
-        numbers = itertools.takewhile(lambda number: number <= len(self.table), numbers)
         while rows := list(itertools.islice(numbers, size)):
             part = self.table[rows[0] - 1 : rows[-1]]
             part = part.take([row - rows[0] for row in rows])

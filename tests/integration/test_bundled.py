@@ -93,7 +93,7 @@ def test_pound_signs_survive(bbc_news, bbc_files):
 
 
 def test_bbc_news_are_split_80_10_10_by_seed(bbc_news):
-    rows = data.validate(datasets.DatasetDict(train=bbc_news))
+    rows = data.checked_splits(datasets.DatasetDict(train=bbc_news))
     splits, cut = data.cut_missing_splits(rows, seed=0)
     assert cut == ["validation", "test"]
     assert {split: len(part) for split, part in splits.items()} == {

@@ -28,7 +28,8 @@ def write_run(folder: Path, header: list[str], rows: list[list], *, results: dic
     versions = {"torch": "2"}
     config = {"lr": 1e-4, "seed": 0, "output_dir": str(folder), "versions": versions, **settings}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "metrics.json").write_text(json.dumps({"test_accuracy": 0.5, **(results or {})}))
+    written = {"test_accuracy": 0.5, "test_intervals": {}, "train_seconds": 12.3, **(results or {})}
+    (folder / "metrics.json").write_text(json.dumps(written))
     with open(folder / "predictions.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
     return folder
@@ -70,7 +71,7 @@ def compare(capsys):
 def test_runs_are_tested_against_the_first_on_their_rows(guesses, compare, tmp_path):
     """Texts of 200,000 characters, each of them twice, with line ends; a class that looks like a number."""
     labels, said = guesses
-    interval = {"test_intervals": {"accuracy": [0.25, 0.75]}, "train_seconds": 12.3}
+    interval = {"test_intervals": {"accuracy": [0.25, 0.75]}}
     folders = [
         write_run(
             tmp_path / f"r{n}",
@@ -227,6 +228,7 @@ def test_a_label_whose_name_looks_like_two_is_refused(compare, tmp_path):
         (lambda run: (run / "predictions.csv").write_text(",".join(HEADER) + "\n"), ("empty",)),
         (lambda run: (run / "config.json").write_text("[["), ("no whole run",)),
         (lambda run: (run / "metrics.json").unlink(), ("no finished run",)),
+        (lambda run: (run / "metrics.json").write_text("{}"), ("no whole run", "test_intervals")),
         (None, ("one run", "at least two")),
     ],
 )

@@ -610,7 +610,14 @@ def odd_settings() -> dict[str, Case]:
         f"training.json, {name}: {value!r}": Case(
             changed("training.json", **(usual | {name: value})), ("predict",), (name,)
         )
-        for name, value in (("truncation", "x"), ("truncation", ["tail"]), ("seed", "1"), ("seed", -1))
+        for name, value in (
+            ("truncation", "x"),
+            ("truncation", ["tail"]),
+            ("seed", "1"),
+            ("seed", -1),
+            ("text_mode", "both"),
+            ("join_with", 1),
+        )
     }
     method = {"text": {"method": "save_pretrained", "method_output_name": "last_hidden_state"}}
     only_when_read = {

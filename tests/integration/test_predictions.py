@@ -147,7 +147,7 @@ def test_what_a_kill_has_left_is_gone_on_with(ending, table, predict, tmp_path, 
     class Killed(BaseException):
         pass
 
-    computed, add = [], predictions.Predictions.add
+    computed, add = [], predictions.PredictionFile.add
 
     def add_and_die(self, answers, columns):
         computed.append(len(answers))
@@ -157,7 +157,7 @@ def test_what_a_kill_has_left_is_gone_on_with(ending, table, predict, tmp_path, 
             raise Killed
         add(self, answers, columns)
 
-    monkeypatch.setattr(predictions.Predictions, "add", add_and_die)
+    monkeypatch.setattr(predictions.PredictionFile, "add", add_and_die)
     with pytest.raises(Killed):
         predict(table, *flags, output)
     assert not output.exists()
@@ -172,11 +172,11 @@ def test_what_a_kill_has_left_is_gone_on_with(ending, table, predict, tmp_path, 
 
 def test_a_part_from_elsewhere_is_not_gone_on_with(table, predict, tmp_path, monkeypatch):
     output = tmp_path / "answers.csv"
-    monkeypatch.setattr(predictions.Predictions, "finish", lambda self: None)
+    monkeypatch.setattr(predictions.PredictionFile, "finish", lambda self: None)
     assert predict(table, "--output", output)[0] == 0
     for change, part in [
         (lambda: None, None),
-        (lambda: predictions.partial(output).write_bytes(b""), "damaged"),
+        (lambda: predictions.partial_file(output).write_bytes(b""), "damaged"),
         (lambda: table.write_text(table.read_text() + "x,good,pos,1\n"), "text"),
     ]:
         change()
@@ -198,7 +198,7 @@ def test_a_complete_file_of_other_texts_or_another_model_is_not_taken_for_this_o
         code, printed, said = predict(source, *flags, "--output", output, "--resume")
         assert (code, printed, said.count("\n")) == (2, "", 1) and all(part in said for part in parts), said
         assert output.read_bytes() == content and not predictions.bad_rows_file(output).exists()
-    predictions.progress(output).unlink()
+    predictions.progress_file(output).unlink()
     code, _, said = predict(table, "--output", output, "--resume")
     assert (
         code == 2

@@ -38,7 +38,7 @@ with open(folder / "starts", "a") as file:
 if behaviour == f"wrong {{seed}}":
     sys.exit(2)
 identity = json.loads(os.environ["IDENTITIES"]).get(str(folder), {{}})
-(folder / "config.json").write_text(json.dumps({{"identity": identity}}))
+(folder / "config.json").write_text(json.dumps({{"identity": identity, "started_in": os.getcwd()}}))
 if behaviour == f"bad {{seed}} {{lr}}":
     sys.exit(2)
 if behaviour == f"wait {{seed}}":

@@ -43,7 +43,7 @@ def labelled(per_class: list[int]) -> datasets.Dataset:
     """Return validated rows, shuffled, with so many rows of each class."""
     labels = [f"class {number}" for number, count in enumerate(per_class) for _ in range(count)]
     random.Random(0).shuffle(labels)
-    return data.validate(datasets.DatasetDict(train=make(labels)))["train"]
+    return data.checked_splits(datasets.DatasetDict(train=make(labels)))["train"]
 
 
 def assert_stratified(part: datasets.Dataset, whole: datasets.Dataset):
@@ -155,7 +155,7 @@ def test_every_class_is_in_every_split_however_rare(per_class, seed):
 
 @pytest.mark.parametrize("labels", [["a"] * 20 + ["rare"], ["a"] * 3 + ["rare"] * 2, ["a", "rare", "a"]])
 def test_a_class_with_too_few_rows_to_cut_is_named(labels):
-    rows = data.validate(datasets.DatasetDict(train=make(labels)))
+    rows = data.checked_splits(datasets.DatasetDict(train=make(labels)))
     has = f"'rare' has {labels.count('rare')}.* 3 are needed; .*--drop-rare 3.*--merge-rare"
     with pytest.raises(UserError, match=f"a validation and a test split can't be cut .*{has}"):
         data.cut_missing_splits(rows, seed=0)
@@ -165,13 +165,13 @@ def test_a_class_with_too_few_rows_to_cut_is_named(labels):
     "added, advice", [(["A"], "spellings with --clean-labels"), (["a; b"], "add --label-separator ';'")]
 )
 def test_the_way_out_for_a_class_with_too_few_rows_is_that_of_its_labels(added, advice):
-    rows = data.validate(datasets.DatasetDict(train=make(["a"] * 9 + ["b"] * 9 + added)))
+    rows = data.checked_splits(datasets.DatasetDict(train=make(["a"] * 9 + ["b"] * 9 + added)))
     with pytest.raises(UserError, match=f"can't be cut .*{advice}.*--drop-rare 3"):
         data.cut_missing_splits(rows, seed=0)
 
 
 def test_labels_that_may_be_numbers_are_said_to_be():
-    rows = data.validate(datasets.DatasetDict(train=make([f"{number},5" for number in range(30)])))
+    rows = data.checked_splits(datasets.DatasetDict(train=make([f"{number},5" for number in range(30)])))
     with pytest.raises(UserError, match="can't be cut .*add --task regression"):
         data.cut_missing_splits(rows, seed=0)
 
@@ -222,7 +222,7 @@ def test_decimal_commas():
 )
 def test_class_names_are_sorted_and_numbers_by_value(values, names):
     random.Random(1).shuffle(values)
-    rows = data.validate(datasets.DatasetDict(train=make(values)))["train"]
+    rows = data.checked_splits(datasets.DatasetDict(train=make(values)))["train"]
     assert rows.features["label"] == datasets.ClassLabel(names=names)
     assert [names[label] for label in rows["label"]] == [str(value) for value in values]
 
@@ -234,20 +234,20 @@ def test_class_names_are_sorted_and_numbers_by_value(values, names):
 )
 @settings(max_examples=25)
 def test_whole_numbers_are_classes_in_their_order(values):
-    rows = data.validate(datasets.DatasetDict(train=make(values)))["train"]
+    rows = data.checked_splits(datasets.DatasetDict(train=make(values)))["train"]
     assert rows.features["label"].names == [str(value) for value in sorted(set(values))]
     assert [int(rows.features["label"].int2str(label)) for label in rows["label"]] == values
 
 
 def test_class_label_keeps_its_order_and_its_empty_classes():
     feature = datasets.ClassLabel(names=["zebra", "ant", "unused"])
-    rows = data.validate(datasets.DatasetDict(train=make([0, 1, 0], label=feature)))["train"]
+    rows = data.checked_splits(datasets.DatasetDict(train=make([0, 1, 0], label=feature)))["train"]
     assert rows.features["label"].names == ["zebra", "ant", "unused"] and rows["label"][:] == [0, 1, 0]
 
 
 def test_labels_of_every_split_get_the_numbers_of_the_training_split():
     splits = datasets.DatasetDict(train=make(["x", "y", "z"]), validation=make(["z", "y"]), test=make(["z"]))
-    splits = data.validate(splits)
+    splits = data.checked_splits(splits)
     assert {split: rows["label"][:] for split, rows in splits.items()} == {
         "train": [0, 1, 2],
         "validation": [2, 1],
@@ -257,12 +257,12 @@ def test_labels_of_every_split_get_the_numbers_of_the_training_split():
 
 
 def test_labels_may_be_numbers_in_one_split_and_strings_in_another():
-    splits = data.validate(datasets.DatasetDict(train=make([9, 10]), test=make(["10", "9"])))
+    splits = data.checked_splits(datasets.DatasetDict(train=make([9, 10]), test=make(["10", "9"])))
     assert splits["test"]["label"][:] == [1, 0]
 
 
 def test_the_classes_of_a_trained_model_give_the_numbers():
-    splits = data.validate(
+    splits = data.checked_splits(
         datasets.DatasetDict(test=make(["a", "c", "a"])), trained=Task(SINGLE, tuple(["c", "b", "a"]))
     )
     assert splits["test"]["label"][:] == [2, 0, 2] and splits["test"].features["label"].names == [
@@ -274,7 +274,7 @@ def test_the_classes_of_a_trained_model_give_the_numbers():
         UserError,
         match="split test, row 2: the label 'd' is not one of .* model's training .a, b, c.; correct",
     ):
-        data.validate(
+        data.checked_splits(
             datasets.DatasetDict(test=make(["a", "d"])), trained=Task(SINGLE, tuple(["c", "b", "a"]))
         )
 
@@ -283,7 +283,7 @@ def test_the_columns_are_text_label_and_row():
     rows = datasets.Dataset.from_dict(
         {"row": ["x", "y"], "stars": [5, 1], "review": ["good", "bad"], "text": [1, 2], "label": [None, None]}
     )
-    rows = data.validate(
+    rows = data.checked_splits(
         datasets.DatasetDict(train=rows), TextConfig("review").among(()), LabelConfig("stars").among(())
     )["train"]
     assert rows[:] == {"text": ["good", "bad"], "label": [1, 0], "row": [1, 2]}
@@ -333,7 +333,7 @@ def test_the_columns_are_text_label_and_row():
 )
 def test_what_is_wrong_with_labels_is_said_with_its_place(rows, message):
     with pytest.raises(UserError, match=f"^{message}"):
-        data.validate(datasets.DatasetDict(train=rows), labels=LabelConfig(task=SINGLE).among(()))
+        data.checked_splits(datasets.DatasetDict(train=rows), labels=LabelConfig(task=SINGLE).among(()))
 
 
 def test_a_label_that_train_lacks_is_named_with_the_labels_that_it_has():
@@ -345,7 +345,7 @@ def test_a_label_that_train_lacks_is_named_with_the_labels_that_it_has():
         match=r"split validation, row 2: the label '12' does not occur in the training split "
         r"\(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\. \(12 in all\)\); correct or remove the row",
     ):
-        data.validate(splits)
+        data.checked_splits(splits)
 
 
 @pytest.mark.parametrize(
@@ -579,33 +579,31 @@ def test_a_file_of_a_split_takes_the_place_of_the_data_sets_own(tmp_path, cache_
     ],
 )
 def test_labels_are_names_as_they_are_written(labels, names):
-    rows = data.validate(datasets.DatasetDict(train=make(labels)))["train"]
+    rows = data.checked_splits(datasets.DatasetDict(train=make(labels)))["train"]
     assert rows.features["label"].names == names
 
 
 def test_whole_labels_agree_between_splits_and_with_a_trained_model():
     splits = datasets.DatasetDict(train=make(["0", "1"]), test=make(["1.0", "0.0"]), validation=make([1.0]))
-    assert data.validate(splits)["test"]["label"][:] == [1, 0]
+    assert data.checked_splits(splits)["test"]["label"][:] == [1, 0]
     test = datasets.DatasetDict(test=make(["1.0", "2.0"]))
-    assert data.validate(test, trained=Task(SINGLE, tuple(["1", "2"])))["test"]["label"][:] == [0, 1]
-    assert data.validate(test, trained=Task(SINGLE, tuple(["1.0", "1.5", "2.0"])))["test"]["label"][:] == [
-        0,
-        2,
-    ]
+    assert data.checked_splits(test, trained=Task(SINGLE, tuple(["1", "2"])))["test"]["label"][:] == [0, 1]
+    with_decimals = data.checked_splits(test, trained=Task(SINGLE, ("1.0", "1.5", "2.0")))
+    assert with_decimals["test"]["label"][:] == [0, 2]
 
 
 @pytest.mark.parametrize("labels", [["0.5", "1.0", "1.5"] * 1000, [0.5, 1.0, 1.5] * 1000])
 def test_few_numbers_with_decimals_are_classes_only_where_that_is_said(labels):
-    rows = data.validate(datasets.DatasetDict(train=make(labels)), labels=LabelConfig(task=SINGLE).among(()))[
-        "train"
-    ]
+    splits, single = datasets.DatasetDict(train=make(labels)), LabelConfig(task=SINGLE).among(())
+    rows = data.checked_splits(splits, labels=single)["train"]
     assert rows.features["label"].names == ["0.5", "1.0", "1.5"]
 
 
 @pytest.mark.parametrize("labels", [[f"{n / 7:.3f}" for n in range(1, 31)], ["1.5", "2.0"], ["0.25", "3"]])
 def test_scores_are_no_classes(labels):
+    splits, single = datasets.DatasetDict(train=make(labels)), LabelConfig(task=SINGLE).among(())
     with pytest.raises(UserError, match="'label' holds decimal numbers, but labels are"):
-        data.validate(datasets.DatasetDict(train=make(labels)), labels=LabelConfig(task=SINGLE).among(()))
+        data.checked_splits(splits, labels=single)
 
 
 @pytest.mark.parametrize(
@@ -663,7 +661,7 @@ def test_splits_that_are_not_used_are_said(tmp_path, cache_dir, capsys):
 
 def test_the_text_is_not_its_own_label():
     with pytest.raises(UserError, match="--text-column text: --label-column names the same column"):
-        data.validate(
+        data.checked_splits(
             datasets.DatasetDict(train=make(["a", "b"])),
             TextConfig().among(()),
             LabelConfig("text").among(()),

@@ -30,7 +30,7 @@ def validated(columns: dict[str, list], labels: LabelConfig, **features) -> data
     rows = datasets.Dataset.from_dict({"text": [f"text {number}" for number in range(count)], **columns})
     for name, feature in features.items():
         rows = rows.cast_column(name, feature)
-    return data.validate({"train": rows}, labels=labels.among(rows.column_names))["train"]
+    return data.checked_splits({"train": rows}, labels=labels.among(rows.column_names))["train"]
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,9 @@ def test_labels_that_do_not_fit_the_task_are_named_with_their_row(columns, flags
 )
 def test_labels_for_a_trained_model_must_be_its_own(task, columns, flags, message):
     rows = datasets.Dataset.from_dict({"text": ["text"] * len(next(iter(columns.values()))), **columns})
+    labels = LabelConfig(**flags).among(rows.column_names)
     with pytest.raises(UserError, match=message):
-        data.validate({"test": rows}, labels=LabelConfig(**flags).among(rows.column_names), trained=task)
+        data.checked_splits({"test": rows}, labels=labels, trained=task)
 
 
 def test_columns_of_a_trained_model_are_found_by_name_in_any_order():
@@ -176,7 +177,7 @@ def test_columns_of_a_trained_model_are_found_by_name_in_any_order():
             rows = datasets.Dataset.from_dict({"text": ["x", "y"], "low": [1, 0], "high": [0, 1]})
         task = Task(kind, ("high", "low"))
         labels = LabelConfig("low,high").among(rows.column_names)
-        assert data.validate({"test": rows}, labels=labels, trained=task)["test"]["label"][:] == cells
+        assert data.checked_splits({"test": rows}, labels=labels, trained=task)["test"]["label"][:] == cells
 
 
 @pytest.mark.parametrize("kind", [MULTI, REGRESSION])
