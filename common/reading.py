@@ -309,6 +309,7 @@ def texts_of(
     rows = read_table(file, source, as_text=[column], options=options, cache_dir=cache_dir)
     require_column(rows.column_names, column, source=source, flag=flag)
     check_kind(rows, column, source=source, flag=flag)
+    check_characters(rows.data.column(column), f"{source}, row", first=1)
     if not allow_empty:
         check_texts(rows, column, source=source)
     return [text or "" for text in rows[column][:]]

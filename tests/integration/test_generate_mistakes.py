@@ -15,6 +15,8 @@ import time
 import zipfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import (
@@ -488,6 +490,13 @@ def test_more_references_than_texts(refused, tmp_path):
         tmp_path / "references.txt",
         parts=("references.txt", "2 texts for 1", "one for each"),
     )
+
+
+def test_references_in_parquet_that_are_not_utf8(refused, tmp_path):
+    """Arrow reads such strings unchecked."""
+    column = pa.array([b"one", b"\xff"]).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "r.parquet")
+    refused(*P, *P, "--references", tmp_path / "r.parquet", parts=("r.parquet, row 2: not UTF-8", "correct"))
 
 
 def test_a_text_too_short_for_a_perplexity(refused, tmp_path):
