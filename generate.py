@@ -391,11 +391,7 @@ def score_file(args: argparse.Namespace) -> None:
     from common.generation import scoring
 
     texts = reading.read_texts(
-        args.score,
-        column=args.text_column,
-        cache_dir=args.cache_dir,
-        allow_empty=True,
-        options=cli.file_options(args),
+        args.score, column=args.text_column, cache_dir=args.cache_dir, options=cli.file_options(args)
     )
     scoring.show_rouge(texts, read_references(args, len(texts)) or [])
 

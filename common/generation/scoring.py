@@ -49,7 +49,7 @@ def read_references(
     Raises UserError if there are more or fewer, and for one without a word that ROUGE counts.
     """
     references = reading.read_texts(
-        name, column=column, cache_dir=cache_dir, allow_empty=True, flag="--reference-column", options=options
+        name, column=column, cache_dir=cache_dir, flag="--reference-column", options=options
     )
     if len(references) != num_texts:
         raise UserError(
