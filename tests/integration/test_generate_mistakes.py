@@ -659,7 +659,7 @@ def test_models_with_a_state_instead_of_a_cache(refused, tmp_path):
 
 
 def test_standard_input_is_read_when_the_model_is_loaded(script, monkeypatch):
-    """Else a question of a library could take a line of it as the answer."""
+    """A model that can not be used is told before anything is typed."""
     loaded = []
     load = language_model.load
     monkeypatch.setattr(
