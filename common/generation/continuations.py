@@ -15,7 +15,7 @@ import torch
 
 from common import plain_files, reading, terminal
 from common.columns import KeptColumns, names_beside
-from common.errors import UserError, shorten
+from common.errors import UserError, shorten, without_errors
 from common.generation import decoding
 from common.generation.language_model import LanguageModel, check_characters, check_length
 from common.generation.messages import as_conversation
@@ -180,12 +180,7 @@ def write_prompts(
         chat_format.note_system()
     conversations = [as_conversation(question.prompt, system) for question in questions]
     names = [f"prompt {number}" for number in range(1, len(questions) + 1)]
-    texts = []
-    for text in chat_format.write(conversations, names):
-        if isinstance(text, UserError):
-            raise text
-        texts.append(text)
-    return texts
+    return without_errors(chat_format.write(conversations, names))
 
 
 @torch.inference_mode()
