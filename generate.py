@@ -478,11 +478,12 @@ def make_constraint(
     """Return the constraint of --choices or --regex, None without them."""
     if args.choices is None and args.regex is None:
         return None
-    from common.generation import constraints
+    from common.generation.constraints import Constraints
 
+    constraints = Constraints(model)
     if args.choices is not None:
-        return constraints.make_choices(args.choices, model, end_ids)
-    return constraints.Constraints(model).regex(args.regex, end_ids)
+        return constraints.choices(args.choices, end_ids)
+    return constraints.regex(args.regex, end_ids)
 
 
 def read_and_load(
