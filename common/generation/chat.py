@@ -8,14 +8,12 @@ import datetime
 import gc
 import json
 import os
-import resource
 import signal
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import reading, sources
+from common.cli import limit_memory
 from common.errors import UserError, listed, note, one_line, outcome, without_errors
 from common.generation.language_model import LanguageModel, check_characters
 from common.generation.messages import Message, is_begun, system_in_question
@@ -125,9 +123,7 @@ def _render_and_exit(conversations: list[list[Message]], template: Template, wri
     gc.freeze()
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        if sys.platform == "linux":  # elsewhere only time is limited
-            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (size + TEMPLATE_BYTES,) * 2)
+        limit_memory(TEMPLATE_BYTES)
         with open(writer, "w", encoding="utf-8") as pipe:
             for conversation in conversations:
                 signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)  # SIGALRM ends this process
