@@ -578,7 +578,7 @@ def _explain_thread(arguments: threading.ExceptHookArgs) -> None:
 
 
 @contextlib.contextmanager
-def _endings(prog: str, *, debug: bool = False) -> Iterator[None]:
+def _endings(prog: str, *, debug: bool) -> Iterator[None]:
     """Turn an exception within the block into the end of the process that it stands for."""
     try:
         try:

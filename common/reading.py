@@ -101,8 +101,8 @@ def read(
 
 
 def full_name(name: str) -> str:
-    """Return a data set's name as seen from any folder: the absolute path of a local one, else the
-    name.
+    """Return the name of a model or data set as seen from any folder: the absolute path of a local one,
+    else the name.
     """
     return str(Path(name).resolve()) if Path(name).exists() else name
 

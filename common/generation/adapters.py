@@ -156,7 +156,7 @@ def merge_stored(
 
     Raises UserError as `attach` does.
     """
-    model = library.over_folder(folder, weights, torch.float32, name=name)
+    model = library.over_folder(folder, weights, name=name)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # peft adds in place; `weights` must stay
     merged = dict(weights)

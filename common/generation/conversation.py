@@ -51,7 +51,6 @@ class Chat:
         assert run.chat is not None
         self.run, self.system = run, system
         self.format: ChatFormat = run.chat
-        self.num_turns = 0  # answers that were finished or kept: each has a seed of its own
         self.reset()
         self.format.encode(as_conversation("?", system))
 
@@ -60,7 +59,7 @@ class Chat:
         self.messages: list[Message] = []
         if self.system:
             self.messages.append({"role": "system", "content": self.system})
-        self.num_turns = 0
+        self.num_turns = 0  # answers that were finished or kept: each has a seed of its own
         self.turn: Turn | None = None  # that was begun and has not ended
         self._forget_cache()
 

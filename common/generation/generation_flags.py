@@ -252,8 +252,6 @@ RECORDED = (  # with DRAWING, what a text depends on beside its prompt, the mode
 DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
 NO_PROMPT = ("--serve", "--interactive", "--perplexity", "--score", "--score-continuations")
 ONE_PROMPT = ("--explain", "--compare")
-NO_SCORE = ("--check", *ONE_PROMPT, "--serve", "--interactive")
-NO_SCORE += ("--perplexity", "--score-continuations")
 NO_TEXTS = ("--perplexity", "--score", "--score-continuations")
 CONSTRAINTS = ("--choices", "--regex")
 OF_NEW_TEXTS = (  # flags of the choice, the number and the end of tokens
@@ -289,7 +287,7 @@ NEEDS = {  # a flag, and the flags of which it needs one
 CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as one
     ("--prompt", NO_PROMPT, "this mode takes no prompts"),
     ("--prompts-file", NO_PROMPT, "this mode takes no prompts"),
-    ("--references", NO_SCORE, "this mode scores nothing"),
+    ("--references", tuple(mode for mode in MODES if mode != "--score"), "this mode scores nothing"),
     (
         "--output",
         tuple(mode for mode in MODES if mode != "--score-continuations"),

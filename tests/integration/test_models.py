@@ -407,12 +407,12 @@ def test_whatever_a_library_raises_is_one_line(error):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("stopped", 143), UserError("said")])
 def test_what_ends_a_process_is_let_through(error):
-    with pytest.raises(type(error)), models.load_errors("x"):
+    with pytest.raises(type(error)), models.load_errors("x", reader="AutoModel"):
         raise error
 
 
 def test_a_bug_outside_the_loader_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError), models.load_errors("name"):
+    with pytest.raises(ZeroDivisionError), models.load_errors("name", reader="AutoModel"):
         _ = 1 / 0
 
 
