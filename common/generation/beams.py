@@ -45,8 +45,8 @@ class Hypothesis:
 
 
 class BeamSearch:
-    """A search for some prompts; after its last step, `finished` holds the N
-    best texts of each, the best first.
+    """A search for some prompts; after its last step, `finished` holds the N best texts of each, the
+    best first.
     """
 
     def __init__(self, beams: Beams, num_prompts: int) -> None:

@@ -18,7 +18,7 @@ from common.errors import UserError, shorten
 from common.files import replace_file
 from common.generation.chat import ChatFormat
 from common.generation.completion import Completion, Prompt, Run
-from common.generation.decoding import Batch
+from common.generation.decoding import Batch, is_croppable
 from common.generation.language_model import check_length
 from common.generation.messages import Message, as_conversation, check_messages, is_begun
 from common.generation.prompts import parse_object
@@ -139,9 +139,7 @@ class Chat:
                 break
             num_same += 1
         num_same = min(num_same, len(ids) - 1)  # at least one token must be read to get logits
-        if not all(getattr(layer, "is_croppable", True) for layer in self.cache.layers):
-            # a recurrent state can't be taken back, and not every
-            # model reads several tokens from one
+        if not is_croppable(self.cache):  # nor does every model read several tokens from such a state
             return self.run.language_model.model.new_cache()
         if num_same == len(self.cached_ids):
             return self.cache

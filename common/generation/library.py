@@ -1,8 +1,8 @@
 """Language models of transformers: those that the step in C does not cover, and the library's own
 version of one that it does, for `--check`.
 
-Importing the library's code of a model takes seconds, so that this file
-is imported only where it is needed.
+Importing the library's code of a model takes seconds, so that this file is imported only where it is
+needed.
 """
 
 import functools
