@@ -500,7 +500,7 @@ def json_line(value: object) -> str:
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeError:
-        text = json.dumps(value, default=str)
+        text = json.dumps(json.loads(text))
     return text
 
 
