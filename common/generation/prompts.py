@@ -173,20 +173,15 @@ def _read_table(file: BinaryIO, source: str, config: PromptConfig) -> list[Given
     others = config.columns if config.template is None else ()
     kept = config.kept.among(rows.column_names, others=others, source=source)
     beside = names_beside(kept, OWN_FIELDS)
-    numbered = [
-        (
-            number,
-            GivenPrompt(
-                outcome(_prompt_of_row, row, config, f"{source}, row {number}"),
-                {name: json_value(row[column]) for name, column in zip(beside, kept)},
-            ),
-        )
-        for number, row in _rows(rows, [*config.columns, *kept], source)
-    ]
+    prompts = {}  # by the number of the row
+    for number, row in _rows(rows, [*config.columns, *kept], source):
+        content = outcome(_prompt_of_row, row, config, f"{source}, row {number}")
+        cells = {name: json_value(row[column]) for name, column in zip(beside, kept)}
+        prompts[number] = GivenPrompt(content, cells)
     for fault in faults or ():
         error = UserError(f"{source}, row {fault.row}: {fault.problem}; correct the row")
-        numbered.append((fault.row, GivenPrompt(error, dict.fromkeys(beside))))
-    return [prompt for _, prompt in sorted(numbered, key=lambda pair: pair[0])]
+        prompts[fault.row] = GivenPrompt(error, dict.fromkeys(beside))
+    return [prompts[number] for number in sorted(prompts)]
 
 
 def _rows(rows: datasets.Dataset, columns: list[str], source: str) -> Iterator[tuple[int, dict]]:
