@@ -351,6 +351,8 @@ def check_flags(args: argparse.Namespace) -> None:
         both = f"--num-samples {args.num_samples}: --num-beams {args.num_beams}"
         raise UserError(f"{both} has no more texts")
     check_given_texts(args)
+    if args.prompt_template is not None:
+        parse_template(args.prompt_template)
     if args.score is None:
         sources.check_model(args.model, kind="language model")
     if args.adapter is not None:
