@@ -25,7 +25,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from common import bundled, cli, terminal
 from common.columns import KeptColumns
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from common.generation.chat import ChatFormat
     from common.generation.conversation import Chat
     from common.generation.messages import Message
+
+T = TypeVar("T")
 
 
 def make_parser() -> cli.Parser:
@@ -358,26 +360,24 @@ def measure_perplexity(args: argparse.Namespace) -> None:
     from common.generation import scoring
 
     name = args.perplexity
-    read = functools.cache(functools.partial(reading.read_lines, name, encoding=args.encoding))
-    run, _ = load_after(args, read, from_stdin=name == "-")
+    read = functools.partial(reading.read_lines, name, encoding=args.encoding)
+    lines, run, _ = read_and_load(args, read, from_stdin=name == "-")
     window = scoring.choose_window(run.language_model, args.window, args.stride, most=DEFAULT_WINDOW)
-    scoring.show_perplexity(run.language_model, "\n".join(read()), window, name=name)
+    scoring.show_perplexity(run.language_model, "\n".join(lines), window, name=name)
 
 
 def score_continuations(args: argparse.Namespace) -> None:
     """Show or write how likely given continuations of prompts are, and which is the likeliest."""
     from common.generation import continuations
 
-    name, options = (
-        args.score_continuations,
-        {"encoding": args.encoding, "kept": KeptColumns(args.id_column, args.keep_columns)},
-    )
-    read = functools.cache(functools.partial(continuations.read_file, name, **options))
+    name, kept = args.score_continuations, KeptColumns(args.id_column, args.keep_columns)
+    read = functools.partial(continuations.read_file, name, encoding=args.encoding, kept=kept)
     with output.open_file(args.output, resume=False) as file:
-        run, _ = load_after(args, read, from_stdin=name == "-")
-        questions, model = read(), run.language_model
+        questions, run, _ = read_and_load(args, read, from_stdin=name == "-")
         written = continuations.write_prompts(questions, run.chat, args.system)
-        scored = continuations.score(questions, model, batch_size=args.batch_size, written=written)
+        scored = continuations.score(
+            questions, run.language_model, batch_size=args.batch_size, written=written
+        )
         if file:
             file.write(continuations.lines(questions, scored))
         else:
@@ -391,11 +391,7 @@ def score_file(args: argparse.Namespace) -> None:
     from common.generation import scoring
 
     texts = reading.read_texts(
-        args.score,
-        column=args.text_column,
-        cache_dir=args.cache_dir,
-        allow_empty=True,
-        options=cli.file_options(args),
+        args.score, column=args.text_column, cache_dir=args.cache_dir, options=cli.file_options(args)
     )
     scoring.show_rouge(texts, read_references(args, len(texts)) or [])
 
@@ -482,22 +478,24 @@ def make_constraint(
     """Return the constraint of --choices or --regex, None without them."""
     if args.choices is None and args.regex is None:
         return None
-    from common.generation import constraints
+    from common.generation.constraints import Constraints
 
+    constraints = Constraints(model)
     if args.choices is not None:
-        return constraints.make_choices(args.choices, model, end_ids)
-    return constraints.Constraints(model).regex(args.regex, end_ids)
+        return constraints.choices(args.choices, end_ids)
+    return constraints.regex(args.regex, end_ids)
 
 
-def load_after(
-    args: argparse.Namespace, read: Callable[[], object], *, from_stdin: bool
-) -> tuple[Run, Runtime]:
-    """Load the model as `load` does, and call `read` first, so that a mistake in a file is told at
-    once. Standard input is left for later: a library that prompts the user would read from it.
+def read_and_load(
+    args: argparse.Namespace, read: Callable[[], T], *, from_stdin: bool
+) -> tuple[T, Run, Runtime]:
+    """Return what `read` returns, and what `load` does. A file is read first, so that a mistake in it
+    is told at once; standard input after the model is loaded, which may end with a mistake too.
     """
-    if not from_stdin:
-        read()
-    return load(args)
+    if from_stdin:
+        run, runtime = load(args)
+        return read(), run, runtime
+    return read(), *load(args)
 
 
 def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | None, Runtime]:
@@ -506,9 +504,9 @@ def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | N
     Raises UserError for a text that can't be used, and for prompts that do not fit into the model
     or the memory.
     """
-    read = functools.cache(functools.partial(read_texts, args))
-    run, runtime = load_after(args, read, from_stdin="-" in (args.prompts_file, args.references))
-    given, references = read()
+    from_stdin = "-" in (args.prompts_file, args.references)
+    read = functools.partial(read_texts, args)
+    (given, references), run, runtime = read_and_load(args, read, from_stdin=from_stdin)
     prompts = encode_prompts(args, given, run)
     usable = [prompt for prompt in prompts if not prompt.problem]
     for prompt in prompts if runtime.is_main else ():

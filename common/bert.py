@@ -169,8 +169,8 @@ def _is_known(key: str, value: Any, defaults: dict[str, Any]) -> bool:
 
 
 def read_config(folder: Path) -> BertConfig:
-    """Return the configuration of the model in a folder. Raises NotSupported for a
-    setting that is not computed here.
+    """Return the configuration of the model in a folder. Raises NotSupported for a setting that is not
+    computed here.
     """
     given = read_settings(folder / "config.json")
     model_type = given.get("model_type")
@@ -245,8 +245,7 @@ class BertLayer(nn.Module):
 
 
 def _embedding(rows: int, width: int, **options: Any) -> nn.Embedding:
-    # nn.Embedding() draws numbers, and on the "meta" device that
-    # imports PyTorch's compiler: two seconds
+    # nn.Embedding() draws numbers, and on the "meta" device that imports PyTorch's compiler: two seconds
     return nn.Embedding.from_pretrained(torch.empty(rows, width), **options)
 
 

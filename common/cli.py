@@ -460,6 +460,16 @@ def warn_of_stop(line: str = "") -> None:
         os.write(2, line.encode())
 
 
+def limit_memory(more: int) -> None:
+    """Let this process have so many bytes more than it has now; only Linux tells how many these are."""
+    if sys.platform != "linux":
+        return
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = size + more if hard == resource.RLIM_INFINITY else min(size + more, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
 def exit_at_signals() -> None:
     """Let a signal that asks to stop end the process from now on, with SystemExit of 128 and its
     number; what is committed stays. Later signals are ignored: torchrun sends two.
@@ -490,7 +500,7 @@ def json_line(value: object) -> str:
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeError:
-        text = json.dumps(value, default=str)
+        text = json.dumps(json.loads(text))
     return text
 
 
@@ -568,7 +578,7 @@ def _explain_thread(arguments: threading.ExceptHookArgs) -> None:
 
 
 @contextlib.contextmanager
-def _endings(prog: str, *, debug: bool = False) -> Iterator[None]:
+def _endings(prog: str, *, debug: bool) -> Iterator[None]:
     """Turn an exception within the block into the end of the process that it stands for."""
     try:
         try:

@@ -70,6 +70,16 @@ def outcome(call: Callable[P, T], *args: P.args, **named: P.kwargs) -> T | UserE
         return error
 
 
+def without_errors(outcomes: Iterable[T | UserError]) -> list[T]:
+    """Return outcomes of which none is a UserError; raise the first one that is."""
+    results = []
+    for one in outcomes:
+        if isinstance(one, UserError):
+            raise one
+        results.append(one)
+    return results
+
+
 @dataclass(frozen=True)
 class Fault:
     """A row of a source that can't be used, where such rows are collected and not the end."""

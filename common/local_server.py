@@ -50,8 +50,8 @@ def is_own_name(host: str) -> bool:
 
 
 def coming_signal() -> asyncio.Future[int]:
-    """Return what will be the number of the first signal that asks this process to
-    stop; a second one ends it at once.
+    """Return what will be the number of the first signal that asks this process to stop; a second one
+    ends it at once.
     """
     loop = asyncio.get_running_loop()
     came: asyncio.Future[int] = loop.create_future()

@@ -236,7 +236,7 @@ def load_tokenizer(folder: Path, *, name: str, flag: str = "--model") -> PreTrai
     return tokenizer
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, name: str, flag: str = "--model") -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, name: str, flag: str) -> None:
     """Raise UserError for a tokenizer without words, which transformers makes up when its files
     are missing.
     """
@@ -270,7 +270,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
 
 
 @contextlib.contextmanager
-def load_errors(name: str, *, flag: str = "--model", reader: str = "a model") -> Iterator[None]:
+def load_errors(name: str, *, flag: str = "--model", reader: str) -> Iterator[None]:
     """Turn whatever a library raises within the block, while it reads a model, into one line for
     the user; `reader` is what the files are read as.
 

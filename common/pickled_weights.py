@@ -9,7 +9,6 @@ import fnmatch
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import model_files
+from common.cli import limit_memory
 from common.errors import UserError, one_line, shorten
 from common.files import cache_home, make_once, seal, sha256, sync_file, write_manifest
 from common.model_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS, PICKLE, PICKLED_LIST, SHARD_LIST
@@ -147,7 +147,7 @@ def convert(pickled: str, target: str) -> str | None:
     from safetensors.torch import save_file
 
     most = TIMES_THE_FILE * os.path.getsize(pickled) + MORE_BYTES
-    _limit_memory(most)
+    limit_memory(most)
     try:
         # mapped, a large file takes no memory of its own; the format before 2020 can't be
         is_mapped = zipfile.is_zipfile(pickled)
@@ -178,13 +178,3 @@ def _is_tensor(item: tuple[Any, Any]) -> bool:
     name, tensor = item
     is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
     return isinstance(name, str) and is_dense
-
-
-def _limit_memory(more: int) -> None:
-    """Let this process have so many bytes more than it has now."""
-    if sys.platform != "linux":  # elsewhere the size is not known
-        return
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = size + more if hard == resource.RLIM_INFINITY else min(size + more, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

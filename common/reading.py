@@ -101,8 +101,8 @@ def read(
 
 
 def full_name(name: str) -> str:
-    """Return a data set's name as seen from any folder: the absolute path of a local one, else the
-    name.
+    """Return the name of a model or data set as seen from any folder: the absolute path of a local one,
+    else the name.
     """
     return str(Path(name).resolve()) if Path(name).exists() else name
 
@@ -264,53 +264,27 @@ def read_texts(
     *,
     column: str,
     cache_dir: str | None,
-    allow_empty: bool = False,
     flag: str = "--text-column",
     options: FileOptions = AS_FOUND,
 ) -> list[str]:
     """Return the texts of a data file's column, or the lines of any other file or of standard
-    input ("-"), which may be JSON too.
+    input ("-"), which may be JSON too; a missing text is "".
 
-    Raises UserError, naming the row or line, for a missing or empty text, unless `allow_empty`: a
-    missing one is then "". `flag` is the flag that names the column.
+    Raises UserError, naming the row or line, for one that is not UTF-8. `flag` is the flag that names
+    the column.
     """
     sources.check_texts(name, any_suffix=options.is_table)
-    with open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
-        return texts_of(
-            file,
-            name,
-            column=column,
-            cache_dir=cache_dir,
-            allow_empty=allow_empty,
-            flag=flag,
-            options=options,
-        )
-
-
-def texts_of(
-    file: BinaryIO,
-    name: str,
-    *,
-    column: str,
-    cache_dir: str | None,
-    allow_empty: bool = False,
-    flag: str = "--text-column",
-    options: FileOptions = AS_FOUND,
-) -> list[str]:
-    """Return the texts of a file that is open and plain, as `read_texts` does."""
     source = source_name(name)
-    if not is_table(file, name, options):
-        lines = list(lines_of(file, source))
-        for number, line in enumerate(lines, start=1):
-            if not allow_empty and sources.is_blank(line):
-                raise UserError(f"{source}, line {number}: the text is empty; remove the line")
-            check_length(line, f"{source}, line {number}")
-        return lines
-    rows = read_table(file, source, as_text=[column], options=options, cache_dir=cache_dir)
+    with open_plain(name, encoding=options.encoding, folder=cache_dir) as file:
+        if not is_table(file, name, options):
+            lines = list(lines_of(file, source))
+            for number, line in enumerate(lines, start=1):
+                check_length(line, f"{source}, line {number}")
+            return lines
+        rows = read_table(file, source, as_text=[column], options=options, cache_dir=cache_dir)
     require_column(rows.column_names, column, source=source, flag=flag)
     check_kind(rows, column, source=source, flag=flag)
-    if not allow_empty:
-        check_texts(rows, column, source=source)
+    check_characters(rows.data.column(column), f"{source}, row", first=1)
     return [text or "" for text in rows[column][:]]
 
 

@@ -206,6 +206,14 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with a random Llama, its tokenizer and a chat template."""
+    from language_models import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
 def sentences_csv(tmp_path_factory) -> Path:
     """A CSV file of 120 labelled sentences."""
     path = tmp_path_factory.mktemp("data") / "sentences.csv"

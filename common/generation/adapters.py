@@ -40,8 +40,7 @@ WITHOUT_EFFECT = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
     *("auto_mapping", "lora_dropout", "eva_config", "loftq_config", "megatron_core", "runtime_config"),
 )
-# what a training may begin with; all others (PiSSA, OLoRA, CorDA,
-# LoftQ) also change the model itself
+# what a training may begin with; all others (PiSSA, OLoRA, CorDA, LoftQ) also change the model itself
 BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -79,8 +78,7 @@ def find(name: str, *, cache_dir: str | None) -> Adapter:
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, *, name: str) -> peft.PeftModel:
-    """Return a language model with an adapter beside its weights: the
-    model itself gets peft's layers.
+    """Return a language model with an adapter beside its weights: the model itself gets peft's layers.
 
     Raises UserError for an adapter that does not fit the model, of which `name` is the name.
     """
@@ -151,12 +149,12 @@ def merge(model: PreTrainedModel, adapter: Adapter, *, name: str) -> PreTrainedM
 def merge_stored(
     folder: Path, adapter: Adapter, weights: dict[str, Matrix | Tensor], *, name: str
 ) -> dict[str, Matrix | Tensor]:
-    """Return the weights of a folder as they are stored, with those
-    that an adapter changes in fp32.
+    """Return the weights of a folder as they are stored, but for those that an adapter
+    changes, which are in fp32.
 
     Raises UserError as `attach` does.
     """
-    model = library.over_folder(folder, weights, torch.float32, name=name)
+    model = library.over_folder(folder, weights, name=name)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # peft adds in place; `weights` must stay
     merged = dict(weights)

@@ -45,8 +45,8 @@ class Hypothesis:
 
 
 class BeamSearch:
-    """A search for some prompts; after its last step, `finished` holds the N
-    best texts of each, the best first.
+    """A search for some prompts; after its last step, `finished` holds the N best texts of each, the
+    best first.
     """
 
     def __init__(self, beams: Beams, num_prompts: int) -> None:
@@ -64,13 +64,13 @@ class BeamSearch:
         filters = sampling.history_filters(
             settings, prompt_length=first, starts=batch.starts, padding_is_text=True
         )
-        end_ids = torch.tensor(settings.end_ids, dtype=torch.long, device=batch.ids.device)
         device = batch.ids.device
+        end_ids = torch.tensor(settings.end_ids, dtype=torch.long, device=device)
         # so many candidates that N of them go on, even if all N beams can end with each end token
         num_candidates = max(2, 1 + len(end_ids)) * size
         scores = torch.full((len(self.finished), size), IMPOSSIBLE, device=device)  # (P, N)
         scores[:, 0] = 0  # the beams of a prompt are still equal: only the first one counts
-        offsets = torch.arange(len(scores), device=batch.ids.device)[:, None] * size  # (P, 1)
+        offsets = torch.arange(len(scores), device=device)[:, None] * size  # (P, 1)
         for length in range(1, settings.max_new_tokens + 1):
             decoding.fetch_ids(logits.argmax(-1), logits, model)  # refuses what are not numbers
             new = sampling.apply_filters(filters, logits.log_softmax(-1), batch.tokens)
@@ -80,8 +80,7 @@ class BeamSearch:
             ends = torch.isin(tokens, end_ids) | (length == settings.max_new_tokens)
             self._finish(batch, best, beams + offsets, tokens, ends, length=length)
             # the N best that do not end go on, with the cache of the beam that each comes from
-            going_on = (best + ends * IMPOSSIBLE).topk(size)
-            scores, columns = going_on
+            scores, columns = (best + ends * IMPOSSIBLE).topk(size)
             rows = (beams.gather(-1, columns) + offsets).flatten()
             batch.ids = batch.ids[rows]
             batch.cache.reorder_cache(rows)  # pyrefly: ignore[bad-argument-type]  (a LongTensor)

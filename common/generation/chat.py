@@ -8,15 +8,13 @@ import datetime
 import gc
 import json
 import os
-import resource
 import signal
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import reading, sources
-from common.errors import UserError, listed, note, one_line
+from common.cli import limit_memory
+from common.errors import UserError, listed, note, one_line, outcome, without_errors
 from common.generation.language_model import LanguageModel, check_characters
 from common.generation.messages import Message, is_begun, system_in_question
 
@@ -77,20 +75,9 @@ def choose_template(language_model: LanguageModel, wanted: str | None, options: 
     )
 
 
-def render(conversations: list[list[Message]], template: Template) -> list[str]:
-    """Return the texts of conversations, each up to where the next answer starts; an answer that is
-    the last message is begun, and goes on there.
-
-    Raises UserError when the template raises an exception or breaks a limit.
-    """
-    results = try_to_render(conversations, template)
-    if failed := next((result for result in results if isinstance(result, UserError)), None):
-        raise failed
-    return [str(result) for result in results]
-
-
 def try_to_render(conversations: list[list[Message]], template: Template) -> list[str | UserError]:
-    """Return the text of each conversation, or why the template does not write it.
+    """Return the text of each conversation, up to where the next answer starts, or why the template
+    does not write it; an answer that is the last message is begun, and goes on there.
 
     A child process renders them, because only the operating system can stop a template that
     computes `10 ** 10 ** 10`. Raises UserError when the template breaks a limit.
@@ -136,9 +123,7 @@ def _render_and_exit(conversations: list[list[Message]], template: Template, wri
     gc.freeze()
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        if sys.platform == "linux":  # elsewhere only time is limited
-            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (size + TEMPLATE_BYTES,) * 2)
+        limit_memory(TEMPLATE_BYTES)
         with open(writer, "w", encoding="utf-8") as pipe:
             for conversation in conversations:
                 signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)  # SIGALRM ends this process
@@ -262,22 +247,21 @@ class ChatFormat:
         """Return the token ids of a conversation, up to where its answer starts or goes on. Raises
         UserError if the template refuses it or breaks a limit.
         """
-        [ids] = self.try_to_encode([messages], ["the conversation"])
-        if isinstance(ids, UserError):
-            raise ids
+        [ids] = without_errors(self.try_to_encode([messages], ["the conversation"]))
         return ids
 
     def try_to_encode(
         self, conversations: list[list[Message]], names: list[str]
     ) -> list[list[int] | UserError]:
-        """Return the token ids of conversations, or why one has none;
-        `names` are those of messages.
+        """Return the token ids of conversations, or why one has none; errors call them by `names`.
 
         The template writes all special tokens itself; if the tokenizer added its own, the text
         would start with two. Raises UserError if it breaks a limit.
         """
-        texts = self.write(conversations, names)
-        return [self._tokens(text, name) for text, name in zip(texts, names)]
+        return [
+            text if isinstance(text, UserError) else outcome(self._tokens, text, name)
+            for text, name in zip(self.write(conversations, names), names)
+        ]
 
     def write(self, conversations: list[list[Message]], names: list[str]) -> list[str | UserError]:
         """Return the texts of conversations, or why one has none; it raises as `try_to_encode`."""
@@ -287,13 +271,8 @@ class ChatFormat:
             raise UserError(f"--prefill: {problem}; leave one of them out")
         return try_to_render([self._as_written(given) for given in conversations], self.template)
 
-    def _tokens(self, text: str | UserError, name: str) -> list[int] | UserError:
-        if isinstance(text, UserError):
-            return text
-        try:
-            check_characters(text, self.language_model, name=name)
-        except UserError as error:
-            return error
+    def _tokens(self, text: str, name: str) -> list[int]:
+        check_characters(text, self.language_model, name=name)
         return self.language_model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _as_written(self, messages: list[Message]) -> list[Message]:
@@ -319,7 +298,7 @@ def read_format(
     ask = {"role": "user", "content": "?"}
     system, said = {"role": "system", "content": MARK}, {"role": "assistant", "content": MARK}
     question, with_system, turns = [ask], [system, ask], [ask, said, ask]
-    render([question], template)
+    without_errors(try_to_render([question], template))
     # a template may refuse both, and still write questions
     written = [
         "" if isinstance(result, UserError) else result

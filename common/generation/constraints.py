@@ -55,27 +55,6 @@ class Choices:
         return torch.zeros(self.vocabulary, dtype=torch.bool).index_fill(0, torch.tensor(ids), True)
 
 
-def make_choices(texts: list[str], language_model: LanguageModel, end_ids: tuple[int, ...]) -> Choices:
-    """Return the constraint of --choices. Raises UserError for a text that no tokens spell, and for
-    a model without an end token.
-    """
-    check_end(end_ids, language_model, flag="--choices")
-    trie: Trie = {}
-    before = token_ids("\n", language_model)
-    for text in texts:
-        ids = token_ids(text, language_model)
-        place = trie
-        for token in ids:
-            place = place.setdefault(token, {})
-        place[END] = {}
-        both, prompt = (_decode(own, language_model) for own in ([*before, *ids], before))
-        spelled = both.removeprefix(prompt)
-        if spelled != text:
-            problem = f"the tokens of {language_model.name} spell it {spelled!r}"
-            raise UserError(f"--choices {text!r}: {problem}; write it so")
-    return Choices(trie, end_ids, language_model.vocabulary)
-
-
 def check_end(end_ids: tuple[int, ...], language_model: LanguageModel, *, flag: str) -> None:
     """Raise UserError for a model without a token that could end a text."""
     if not end_ids:
@@ -137,8 +116,25 @@ class Constraints:
         self.tokenizers: dict[tuple[int, ...], LLTokenizer] = {}  # by the end tokens
 
     def choices(self, texts: list[str], end_ids: tuple[int, ...]) -> Choices:
-        """Return the constraint of some choices. Raises UserError as `make_choices`."""
-        return make_choices(texts, self.language_model, end_ids)
+        """Return the constraint of --choices. Raises UserError for a text that no tokens spell, and
+        for a model without an end token.
+        """
+        model = self.language_model
+        check_end(end_ids, model, flag="--choices")
+        trie: Trie = {}
+        before = token_ids("\n", model)
+        for text in texts:
+            ids = token_ids(text, model)
+            place = trie
+            for token in ids:
+                place = place.setdefault(token, {})
+            place[END] = {}
+            both, prompt = (_decode(own, model) for own in ([*before, *ids], before))
+            spelled = both.removeprefix(prompt)
+            if spelled != text:
+                problem = f"the tokens of {model.name} spell it {spelled!r}"
+                raise UserError(f"--choices {text!r}: {problem}; write it so")
+        return Choices(trie, end_ids, model.vocabulary)
 
     def regex(self, pattern: str, end_ids: tuple[int, ...]) -> Grammar:
         """Return the constraint of an expression, which the whole text matches. Raises UserError

@@ -15,7 +15,7 @@ import torch
 
 from common import plain_files, reading, terminal
 from common.columns import KeptColumns, names_beside
-from common.errors import UserError, shorten
+from common.errors import UserError, shorten, without_errors
 from common.generation import decoding
 from common.generation.language_model import LanguageModel, check_characters, check_length
 from common.generation.messages import as_conversation
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 MOST_LOGITS = 1 << 27  # numbers of a batch's logits: 512 MB
 SHOWN = 60  # characters of a text in a table
-NOTHING_KEPT = KeptColumns()
 READ_FIELDS = ("prompt", "choices", "answer")
 OWN_FIELDS = ("prompt_number", "likeliest", *READ_FIELDS)  # in each line of the output
 ADVICE = 'write {"prompt": "...", "choices": ["...", "..."], "answer": 0}; answer may be left out'
@@ -87,16 +86,12 @@ MEASURES = {
 }
 
 
-def read_file(name: str, *, encoding: str | None, kept: KeptColumns = NOTHING_KEPT) -> list[Question]:
-    """Return the questions of a file, or of standard input ("-"); it raises as `read_questions`."""
-    lines = reading.read_lines(name, encoding=encoding)
-    return read_questions(lines, plain_files.source_name(name), kept)
-
-
-def read_questions(lines: list[str], source: str, kept: KeptColumns = NOTHING_KEPT) -> list[Question]:
-    """Return the questions of a JSONL file, with the columns that are `kept` beside them.
-    Raises UserError, naming the line, for what is no question, and for a column that is not there.
+def read_file(name: str, *, encoding: str | None, kept: KeptColumns) -> list[Question]:
+    """Return the questions of a JSONL file, or of standard input ("-"), with the columns that are `kept`
+    beside them. Raises UserError, naming the line, for what is no question, and for a column that is
+    not there.
     """
+    lines, source = reading.read_lines(name, encoding=encoding), plain_files.source_name(name)
     named = [(line, f"{source}, line {number}") for number, line in enumerate(lines, start=1)]
     rows = [_read_row(line, place) for line, place in named]
     questions = [_read_question(row, place) for row, (_, place) in zip(rows, named)]
@@ -180,12 +175,7 @@ def write_prompts(
         chat_format.note_system()
     conversations = [as_conversation(question.prompt, system) for question in questions]
     names = [f"prompt {number}" for number in range(1, len(questions) + 1)]
-    texts = []
-    for text in chat_format.write(conversations, names):
-        if isinstance(text, UserError):
-            raise text
-        texts.append(text)
-    return texts
+    return without_errors(chat_format.write(conversations, names))
 
 
 @torch.inference_mode()
@@ -234,13 +224,11 @@ def likeliest(choices: list[Scored], measure: str) -> int:
 
 
 def lines(questions: list[Question], scored: list[list[Scored]]) -> list[dict]:
-    """Return what is written for all questions."""
-    numbered = zip(range(1, len(questions) + 1), questions, scored)
-    return [line(*row) for row in numbered]
+    """Return what is written for all questions, as JSON takes it."""
+    return [_line(number, *pair) for number, pair in enumerate(zip(questions, scored), start=1)]
 
 
-def line(number: int, question: Question, choices: list[Scored]) -> dict:
-    """Return what is written for a question, as JSON takes it."""
+def _line(number: int, question: Question, choices: list[Scored]) -> dict:
     scores = [
         {
             "text": scored.text,
@@ -262,13 +250,12 @@ def line(number: int, question: Question, choices: list[Scored]) -> dict:
 
 
 def tables(questions: list[Question], scored: list[list[Scored]]) -> str:
-    """Return the tables of all questions."""
-    numbered = zip(range(1, len(questions) + 1), questions, scored)
-    return "\n".join(table(*row) for row in numbered)
+    """Return the tables of all questions, with marks at the likeliest and the right choices."""
+    numbered = enumerate(zip(questions, scored), start=1)
+    return "\n".join(_table(number, *pair) for number, pair in numbered)
 
 
-def table(number: int, question: Question, choices: list[Scored]) -> str:
-    """Return the table of a question, with marks at the likeliest and the right choice."""
+def _table(number: int, question: Question, choices: list[Scored]) -> str:
     best = {measure: likeliest(choices, measure) for measure in MEASURES}
     rows = []
     for place, scored in enumerate(choices):

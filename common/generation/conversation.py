@@ -18,7 +18,7 @@ from common.errors import UserError, shorten
 from common.files import replace_file
 from common.generation.chat import ChatFormat
 from common.generation.completion import Completion, Prompt, Run
-from common.generation.decoding import Batch
+from common.generation.decoding import Batch, is_croppable
 from common.generation.language_model import check_length
 from common.generation.messages import Message, as_conversation, check_messages, is_begun
 from common.generation.prompts import parse_object
@@ -51,7 +51,6 @@ class Chat:
         assert run.chat is not None
         self.run, self.system = run, system
         self.format: ChatFormat = run.chat
-        self.num_turns = 0  # answers that were finished or kept: each has a seed of its own
         self.reset()
         self.format.encode(as_conversation("?", system))
 
@@ -60,7 +59,7 @@ class Chat:
         self.messages: list[Message] = []
         if self.system:
             self.messages.append({"role": "system", "content": self.system})
-        self.num_turns = 0
+        self.num_turns = 0  # answers that were finished or kept: each has a seed of its own
         self.turn: Turn | None = None  # that was begun and has not ended
         self._forget_cache()
 
@@ -140,9 +139,7 @@ class Chat:
                 break
             num_same += 1
         num_same = min(num_same, len(ids) - 1)  # at least one token must be read to get logits
-        if not all(getattr(layer, "is_croppable", True) for layer in self.cache.layers):
-            # a recurrent state can't be taken back, and not every
-            # model reads several tokens from one
+        if not is_croppable(self.cache):  # nor does every model read several tokens from such a state
             return self.run.language_model.model.new_cache()
         if num_same == len(self.cached_ids):
             return self.cache

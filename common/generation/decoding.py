@@ -91,6 +91,11 @@ def regroup(rows: list[tuple[Batch, int]], language_model: LanguageModel, *, roo
     return left_pad(texts, language_model, room=room, cache=cache)
 
 
+def is_croppable(cache: Cache) -> bool:
+    """Return whether a cache can forget its last columns: a recurrent state can't take back a token."""
+    return all(getattr(layer, "is_croppable", True) for layer in cache.layers)
+
+
 def prefill(language_model: LanguageModel, batch: Batch) -> Tensor:
     """Read all tokens that are not in the cache yet; return the logits (B, V) that follow, fp32."""
     first = batch.cache.get_seq_length()

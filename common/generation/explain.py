@@ -120,7 +120,7 @@ def library_model(language_model: LanguageModel) -> PreTrainedModel:
     model, adapter = language_model.model, language_model.adapter
     name, folder = language_model.name, language_model.folder
     if not isinstance(model, library.TransformersModel):
-        plain = library.over_folder(folder, language_model.weights, torch.float32, name=name)
+        plain = library.over_folder(folder, language_model.weights, name=name)
     elif adapter is None or model.dtype != torch.float32:
         return model.module  # in 16 bits, what is merged is rounded, and no longer comparable
     else:

@@ -25,9 +25,8 @@ from common.cli import (
 )
 from common.columns import KeptColumns, add_kept_flags
 from common.errors import UserError, shorten
-from common.generation import output, prompt_template, prompts
-from common.generation.prompt_template import FLAG as TEMPLATE
-from common.generation.prompts import PromptConfig
+from common.generation import output, prompts
+from common.generation.prompts import TEMPLATE_FLAG, PromptConfig, parse_template
 
 
 def make_parser(description: str | None = None) -> cli.Parser:
@@ -253,8 +252,6 @@ RECORDED = (  # with DRAWING, what a text depends on beside its prompt, the mode
 DRAWING_FLAGS = tuple("--" + name.replace("_", "-") for name in DRAWING)
 NO_PROMPT = ("--serve", "--interactive", "--perplexity", "--score", "--score-continuations")
 ONE_PROMPT = ("--explain", "--compare")
-NO_SCORE = ("--check", *ONE_PROMPT, "--serve", "--interactive")
-NO_SCORE += ("--perplexity", "--score-continuations")
 NO_TEXTS = ("--perplexity", "--score", "--score-continuations")
 CONSTRAINTS = ("--choices", "--regex")
 OF_NEW_TEXTS = (  # flags of the choice, the number and the end of tokens
@@ -290,7 +287,7 @@ NEEDS = {  # a flag, and the flags of which it needs one
 CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as one
     ("--prompt", NO_PROMPT, "this mode takes no prompts"),
     ("--prompts-file", NO_PROMPT, "this mode takes no prompts"),
-    ("--references", NO_SCORE, "this mode scores nothing"),
+    ("--references", tuple(mode for mode in MODES if mode != "--score"), "this mode scores nothing"),
     (
         "--output",
         tuple(mode for mode in MODES if mode != "--score-continuations"),
@@ -308,8 +305,8 @@ CONFLICTS = (  # flags that cannot be used together, and why; torchrun counts as
         ("--chat", "--lookup", "--sampler", *CONSTRAINTS),
         "each request says what it is, and is decoded as if alone",
     ),
-    *((flag, ("--prompt",), "it names columns, which a text has not") for flag in (*KEPT, TEMPLATE)),
-    (TEMPLATE, ("--text-column",), "the template names the columns"),
+    *((flag, ("--prompt",), "it names columns, which a text has not") for flag in (*KEPT, TEMPLATE_FLAG)),
+    (TEMPLATE_FLAG, ("--text-column",), "the template names the columns"),
     ("--skip-bad", MODES, "this mode leaves out no prompts"),
     ("--adapter", ("--score",), "no model is loaded"),
     ("--lookup", ONE_PROMPT, "this mode uses no prompt lookup"),
@@ -355,7 +352,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"{both} has no more texts")
     check_given_texts(args)
     if args.prompt_template is not None:
-        prompt_template.parse(args.prompt_template)
+        parse_template(args.prompt_template)
     if args.score is None:
         sources.check_model(args.model, kind="language model")
     if args.adapter is not None:
@@ -407,7 +404,7 @@ def prompt_config(args: argparse.Namespace) -> PromptConfig:
     template = args.prompt_template
     return PromptConfig(
         args.text_column,
-        None if template is None else prompt_template.parse(template),
+        None if template is None else parse_template(template),
         KeptColumns(args.id_column, args.keep_columns),
         args.skip_bad,
         cli.file_options(args),

@@ -288,8 +288,7 @@ def end_token_ids(tokens: list[str], language_model: LanguageModel) -> tuple[int
 def read_bias(biases: list[str], language_model: LanguageModel) -> tuple[tuple[int, float], ...]:
     """Return (id, number) for each TOKEN=NUMBER of --logit-bias; a TOKEN of digits is an id.
 
-    Raises UserError for a text that is not a single token, and for an
-    id that the model does not have.
+    Raises UserError for a text that is not a single token, and for an id that the model does not have.
     """
     numbers: dict[int, float] = {}
     for bias in biases:

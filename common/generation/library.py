@@ -1,8 +1,8 @@
 """Language models of transformers: those that the step in C does not cover, and the library's own
 version of one that it does, for `--check`.
 
-Importing the library's code of a model takes seconds, so that this file
-is imported only where it is needed.
+Importing the library's code of a model takes seconds, so that this file is imported only where it is
+needed.
 """
 
 import functools
@@ -173,14 +173,12 @@ def check_memory(num_weights: int, dtype: torch.dtype, *, name: str) -> None:
         raise UserError(f"--model {name}: {taken}, and {free / 1e9:,.1f} GB are free; {helps}")
 
 
-def over_folder(
-    folder: Path, weights: dict[str, Matrix | Tensor], dtype: torch.dtype, *, name: str
-) -> PreTrainedModel:
-    """Return the model of a folder over weights that are read already, widened to a dtype."""
+def over_folder(folder: Path, weights: dict[str, Matrix | Tensor], *, name: str) -> PreTrainedModel:
+    """Return the model of a folder over weights that are read already, widened to fp32."""
     sizes = [w.rows * w.columns if isinstance(w, Matrix) else w.numel() for w in weights.values()]
-    check_memory(sum(sizes), dtype, name=name)
+    check_memory(sum(sizes), torch.float32, name=name)
     config = models.load(AutoConfig, folder, name=name)
-    return over_weights(config, folder, weights, dtype, name=name).eval()
+    return over_weights(config, folder, weights, torch.float32, name=name).eval()
 
 
 def over_weights(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.generation import sampling
-from common.generation.decoding import Batch, Step, fetch_ids, prefill
+from common.generation.decoding import Batch, Step, fetch_ids, is_croppable, prefill
 from common.generation.language_model import LanguageModel
 from common.generation.sampling import Settings
 
@@ -74,7 +74,7 @@ class PromptLookup:
         batch.cache.activate_past_recording()
         remaining = settings.max_new_tokens
         logits, guess = prefill(language_model, batch), []  # (1 + guessed, V)
-        if not all(getattr(layer, "is_croppable", True) for layer in batch.cache.layers):
+        if not is_croppable(batch.cache):
             problem = f"{language_model.name} keeps a state that can't take back a wrong guess"
             raise UserError(f"--lookup {self.ahead}: {problem}; leave it out")
         while True:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -16,7 +16,6 @@ from common.columns import ROW, KeptColumns, names_beside, require_column
 from common.errors import Fault, UserError, outcome
 from common.generation.messages import Message, check_messages
 from common.generation.output import OWN_FIELDS
-from common.generation.prompt_template import FLAG, PromptTemplate
 from common.json_objects import read_objects
 from common.sources import FileOptions
 
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 PROMPT_KEYS = ("messages", "prompt")  # of which an object of JSON that is no row of a table has one
 BLOCK = 10_000  # rows whose cells are looked at together
+TEMPLATE_FLAG = "--prompt-template"
+BRACES = re.compile(r"\{\{|\}\}|\{(?P<column>[^{}]+)\}|[{}]")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,53 @@ class GivenPrompt:
 
     content: str | list[Message] | UserError
     cells: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A text with names of columns in it, such as "Summarise: {review}", in its pieces: texts and names
+    in turn, a text first and last.
+
+    Between braces stands a name and nothing else: str.format would follow its dots and brackets into
+    Python's objects. What the cells hold is data, in which no brace means anything.
+    """
+
+    pieces: tuple[str, ...]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that it names, each once."""
+        return list(dict.fromkeys(self.pieces[1::2]))
+
+    def fill(self, cells: Mapping[str, str]) -> str:
+        """Return the prompt of a row."""
+        return "".join(cells[piece] if position % 2 else piece for position, piece in enumerate(self.pieces))
+
+
+def parse_template(text: str) -> PromptTemplate:
+    """Return a template from its text, in which {{ and }} are braces.
+
+    Raises UserError for a brace without its partner or without a name, and for a text that names no
+    column.
+    """
+    pieces, end = [""], 0
+    for match in BRACES.finditer(text):
+        pieces[-1] += text[end : match.start()]
+        end = match.end()
+        if match["column"] is not None:
+            pieces += [match["column"], ""]
+        elif len(match[0]) == 2:
+            pieces[-1] += match[0][0]
+        else:
+            place = f"{TEMPLATE_FLAG}, character {match.start() + 1}"
+            problem = f"{match[0]!r} encloses no name of a column"
+            raise UserError(f"{place}: {problem}; write {2 * match[0]} for a brace of the text")
+    pieces[-1] += text[end:]
+    if len(pieces) == 1:
+        raise UserError(
+            f"{TEMPLATE_FLAG} {text!r:.60}: it names no column; write one in braces, such as {{text}}"
+        )
+    return PromptTemplate(tuple(pieces))
 
 
 @dataclass(frozen=True)
@@ -83,7 +131,7 @@ def read_prompts(name: str, config: PromptConfig) -> list[GivenPrompt]:
 
 def check_columns(name: str, config: PromptConfig) -> None:
     """Raise UserError for a file that is no text or a column that it lacks, as its beginning shows."""
-    flag = "--text-column" if config.template is None else FLAG
+    flag = "--text-column" if config.template is None else TEMPLATE_FLAG
     kept, several = config.kept.flags()
     wanted = kept | dict.fromkeys(config.columns, flag)
     with reading.open_if_plain(name, config.options) as file:
@@ -96,7 +144,7 @@ def check_columns(name: str, config: PromptConfig) -> None:
 
 def _read_lines(file: BinaryIO, source: str, config: PromptConfig) -> list[GivenPrompt]:
     if config.template is not None or config.kept != KeptColumns():
-        flag = FLAG if config.template is not None else "--id-column and --keep-columns"
+        flag = TEMPLATE_FLAG if config.template is not None else "--id-column and --keep-columns"
         raise UserError(f"{flag}: the lines of {source} have no columns; name a data file")
 
     def read_line(line: bytes, place: str) -> str:
@@ -118,27 +166,22 @@ def _read_table(file: BinaryIO, source: str, config: PromptConfig) -> list[Given
     given = {"as_text": config.as_text, "options": config.options, "cache_dir": config.cache_dir}
     rows = reading.or_advise_to_skip(functools.partial(reading.read_table, file, source, **given), faults)
     for column in config.columns:
-        flag = "--text-column" if config.template is None else FLAG
+        flag = "--text-column" if config.template is None else TEMPLATE_FLAG
         require_column(rows.column_names, column, source=source, flag=flag)
     if config.template is None:
         reading.check_kind(rows, config.text_column, source=source)
     others = config.columns if config.template is None else ()
     kept = config.kept.among(rows.column_names, others=others, source=source)
     beside = names_beside(kept, OWN_FIELDS)
-    numbered = [
-        (
-            number,
-            GivenPrompt(
-                outcome(_prompt_of_row, row, config, f"{source}, row {number}"),
-                {name: json_value(row[column]) for name, column in zip(beside, kept)},
-            ),
-        )
-        for number, row in _rows(rows, [*config.columns, *kept], source)
-    ]
+    prompts = {}  # by the number of the row
+    for number, row in _rows(rows, [*config.columns, *kept], source):
+        content = outcome(_prompt_of_row, row, config, f"{source}, row {number}")
+        cells = {name: json_value(row[column]) for name, column in zip(beside, kept)}
+        prompts[number] = GivenPrompt(content, cells)
     for fault in faults or ():
         error = UserError(f"{source}, row {fault.row}: {fault.problem}; correct the row")
-        numbered.append((fault.row, GivenPrompt(error, dict.fromkeys(beside))))
-    return [prompt for _, prompt in sorted(numbered, key=lambda pair: pair[0])]
+        prompts[fault.row] = GivenPrompt(error, dict.fromkeys(beside))
+    return [prompts[number] for number in sorted(prompts)]
 
 
 def _rows(rows: datasets.Dataset, columns: list[str], source: str) -> Iterator[tuple[int, dict]]:

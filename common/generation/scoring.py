@@ -49,7 +49,7 @@ def read_references(
     Raises UserError if there are more or fewer, and for one without a word that ROUGE counts.
     """
     references = reading.read_texts(
-        name, column=column, cache_dir=cache_dir, allow_empty=True, flag="--reference-column", options=options
+        name, column=column, cache_dir=cache_dir, flag="--reference-column", options=options
     )
     if len(references) != num_texts:
         raise UserError(
@@ -201,16 +201,14 @@ def likelihood(
     """Return the likelihood of a text's tokens, computed in overlapping windows, so that each token
     is predicted from a long stretch before it.
 
-    `start` is the first token of every text that the model was trained
-    on: each window begins with it.
+    `start` is the first token of every text that the model was trained on: each window begins with it.
     """
     tokens = torch.tensor([ids], device=language_model.device)  # (1, T)
     total = torch.zeros((), dtype=torch.float64)
     all_passes = list(passes(len(ids), window, has_start=start is not None))
     with tqdm(all_passes, unit="window", leave=False, dynamic_ncols=True, disable=None) as bar:
         for begin, end, first in bar:
-            # from the column before the first scored token; the
-            # overlap's other logits are not needed
+            # from the column before the first scored token: the overlap's other logits are not needed
             kept = end - first + 1
             before = [start] if start is not None and begin > 0 else []
             batch = decoding.left_pad([before + ids[begin:end]], language_model, room=0)

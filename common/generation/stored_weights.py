@@ -239,8 +239,7 @@ def _read_tensor(tensor: Any) -> _Groups | Tensor:
     data, kind = np.ascontiguousarray(tensor.data), tensor.tensor_type
     if kind in (formats.Q4_0, formats.Q4_1, formats.Q8_0) and len(shape) == 2:
         groups = _read_groups(data.reshape(shape[0], -1), kind.name)
-        # a scale that is not finite would only show as NaN; larger than fp16 can't be negated times
-        # 8
+        # with other scales, the numbers are those that the gguf library widens
         if bool(groups.scales.isfinite().all()):
             return groups
     if kind in (formats.F16, formats.BF16):

@@ -11,17 +11,15 @@ import dataclasses
 import functools
 import hashlib
 import os
-import resource
 import signal
-import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.cli import limit_memory
 from common.columns import unused_name
 from common.errors import UserError, one_line
 from common.search.index import Snapshot
@@ -239,12 +237,8 @@ def _answer(snapshot: Snapshot, condition: str, limits: Limits, sender: Connecti
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends this process
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # C++ has words of its own for a lack of memory
-    if sys.platform == "linux":
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        # each thread reserves addresses that it does not use
-        most = used + limits.megabytes * 10**6 + (os.cpu_count() or 1) * ADDRESSES_OF_THREAD
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
+    # each thread reserves addresses that it does not use
+    limit_memory(limits.megabytes * 10**6 + (os.cpu_count() or 1) * ADDRESSES_OF_THREAD)
     try:
         kind, answer = MASK, np.packbits(_holds(snapshot, condition, limits)).tobytes()
     except (duckdb.OutOfMemoryException, MemoryError):

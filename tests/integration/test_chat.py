@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 import generate
-from common.errors import UserError
-from common.generation.chat import ChatFormat, Template, choose_template, read_format, render
+from common.errors import UserError, without_errors
+from common.generation.chat import ChatFormat, Template, choose_template, read_format, try_to_render
 from common.generation.completion import Options, Prompt, Run
 from common.generation.conversation import Chat, Console, after_interruption
 from common.generation.language_model import LanguageModel
@@ -24,6 +24,10 @@ from common.runtime import Runtime
 from language_models import CHAT_TEMPLATE, SIZES, train_byte_bpe
 
 TURNS = ["Why is the sky blue?", "And the light?", "I like the fox"]
+
+
+def render(conversations: list[list[dict]], template: Template) -> list[str]:
+    return without_errors(try_to_render(conversations, template))
 
 
 def run_of(kind: str, *, context: int = 512) -> Run:

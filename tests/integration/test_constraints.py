@@ -53,7 +53,7 @@ TEXTS = st.text("abcTheqy \n,", min_size=1, max_size=12)
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(TEXTS, min_size=1, max_size=5), st.booleans())
 def test_exactly_one_of_the_choices_comes_out(model, choices, sample):
-    constraint = constraints.make_choices(choices, model, model.end_ids)
+    constraint = constraints.Constraints(model).choices(choices, model.end_ids)
     flags = {"sample": True, "temperature": 2.0} if sample else {}
     for row in texts_of(model, PROMPTS, constraint=constraint, **flags):
         assert row.text in choices and row.finish_reason == "end" and row.token_ids[-1] in model.end_ids
@@ -63,7 +63,7 @@ def test_a_greedy_choice_is_the_models_token_by_token(model):
     """Oracle: the likeliest of the tokens that lead to a choice, each from one pass over the whole text."""
     choices = ["The", "The quick brown fox", "The lazy dog", "def", "dogs", "a,b"]
     runs = [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in choices]
-    constraint = constraints.make_choices(choices, model, model.end_ids)
+    constraint = constraints.Constraints(model).choices(choices, model.end_ids)
     assert isinstance(model.model, TransformersModel)
     for prompt, row in zip(PROMPTS, texts_of(model, PROMPTS, constraint=constraint)):
         text: list[int] = []
@@ -103,7 +103,7 @@ def test_each_text_matches_the_expression(model, pattern, sample):
     for row in texts_of(model, PROMPTS, constraint=constraint, max_new_tokens=60, **flags):
         assert row.finish_reason == "end", (pattern, row.text)
         # not by re, whose Unicode is older than that of --regex and knows fewer digits
-    assert regex.fullmatch(pattern, row.text), (pattern, row.text)
+        assert regex.fullmatch(pattern, row.text), (pattern, row.text)
 
 
 ROW = {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"$ref": "#/$defs/few"}}}
@@ -200,11 +200,11 @@ def test_guesses_and_end_tokens_keep_the_form(model):
 
 def test_a_model_without_an_end_and_a_text_that_no_token_spells_are_refused(model):
     with pytest.raises(UserError, match="--choices.*--end-token"):
-        constraints.make_choices(["a"], model, ())
+        constraints.Constraints(model).choices(["a"], ())
     with pytest.raises(UserError, match="--regex.*--end-token"):
         constraints.Constraints(model).regex("a", ())
     with pytest.raises(UserError, match="--choices.*spell it"):
-        constraints.make_choices(["a<|im_start|>"], model, model.end_ids)
+        constraints.Constraints(model).choices(["a<|im_start|>"], model.end_ids)
 
 
 FLAGS = (

@@ -21,12 +21,6 @@ SAID = {"role": "assistant", "content": "The quick brown fox"}
 SYSTEM = {"role": "system", "content": "Be short."}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    """A folder with a random Llama, its tokenizer and a chat template."""
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
-
-
 @pytest.fixture
 def script(tiny, capsys):
     """Return a function that runs generate.py in this process; returns code, stdout, stderr."""

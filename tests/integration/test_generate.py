@@ -36,12 +36,6 @@ REAL = "bundled/SmolLM2-135M-Instruct"
 TUTORIAL = "Natural Language Processing is"
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    """A folder with a random Llama, its tokenizer and a chat template."""
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
-
-
 @pytest.fixture
 def script(tiny, capsys, monkeypatch):
     """Return a function that runs generate.py in this process, in fp32 unless told otherwise;

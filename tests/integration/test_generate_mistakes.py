@@ -15,6 +15,8 @@ import time
 import zipfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import (
@@ -490,6 +492,13 @@ def test_more_references_than_texts(refused, tmp_path):
     )
 
 
+def test_references_in_parquet_that_are_not_utf8(refused, tmp_path):
+    """Arrow reads such strings unchecked."""
+    column = pa.array([b"one", b"\xff"]).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "r.parquet")
+    refused(*P, *P, "--references", tmp_path / "r.parquet", parts=("r.parquet, row 2: not UTF-8", "correct"))
+
+
 def test_a_text_too_short_for_a_perplexity(refused, tmp_path):
     (tmp_path / "text.txt").write_text("$")
     refused("--perplexity", tmp_path / "text.txt", parts=("--perplexity", "1 tokens", "needs two"))
@@ -650,7 +659,7 @@ def test_models_with_a_state_instead_of_a_cache(refused, tmp_path):
 
 
 def test_standard_input_is_read_when_the_model_is_loaded(script, monkeypatch):
-    """Else a question of a library could take a line of it as the answer."""
+    """A model that can not be used is told before anything is typed."""
     loaded = []
     load = language_model.load
     monkeypatch.setattr(

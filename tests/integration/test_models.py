@@ -212,7 +212,7 @@ def test_a_pickle_that_would_run_code_is_refused_before_it_does(folder, tmp_path
 
 def test_what_is_no_file_of_tensors_is_refused_with_the_reason(tmp_path, monkeypatch):
     """In this process: the limit of memory, which stays, is left out."""
-    monkeypatch.setattr(pickled_weights, "_limit_memory", lambda more: None)
+    monkeypatch.setattr(pickled_weights, "limit_memory", lambda more: None)
     path, target = tmp_path / "pytorch_model.bin", str(tmp_path / "model.safetensors")
     shared = torch.arange(6.0)
     torch.save({"a": shared, "b": shared, "c": shared.view(2, 3).T}, path)
@@ -407,12 +407,12 @@ def test_whatever_a_library_raises_is_one_line(error):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("stopped", 143), UserError("said")])
 def test_what_ends_a_process_is_let_through(error):
-    with pytest.raises(type(error)), models.load_errors("x"):
+    with pytest.raises(type(error)), models.load_errors("x", reader="AutoModel"):
         raise error
 
 
 def test_a_bug_outside_the_loader_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError), models.load_errors("name"):
+    with pytest.raises(ZeroDivisionError), models.load_errors("name", reader="AutoModel"):
         _ = 1 / 0
 
 

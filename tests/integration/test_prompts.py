@@ -10,15 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from conftest import generate_on_cpu, read_json_lines, write_lines
-from language_models import save_tiny_model
 
 TEXTS = ("Why is the sky blue?", "I like the fox", "The quick brown fox")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    """A folder with a random Llama, its tokenizer and a chat template."""
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import wcwidth
 
 from conftest import quick
-from language_models import needs_compiler, save_tiny_model
+from language_models import needs_compiler
 from terminal import run_on_terminal
 
 COLUMNS = 130
@@ -28,11 +28,6 @@ def on_terminal(forking):
         return lines, written
 
     return run
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 def test_generate_leaves_whole_lines_and_no_bar(on_terminal, tiny, tmp_path):
