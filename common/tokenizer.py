@@ -105,6 +105,10 @@ class Tokenizer:
         """Return the id of each token."""
         return self.backend_tokenizer.get_vocab(with_added_tokens=True)
 
+    def convert_ids_to_tokens(self, token: int) -> str:
+        """Return the name of a token."""
+        return str(self.backend_tokenizer.id_to_token(token))
+
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """Return how many tokens are put around a text, or around and between two."""
         return self.backend_tokenizer.num_special_tokens_to_add(pair)

@@ -64,10 +64,12 @@ class TransformersModel:
     @property
     def cache_bytes(self) -> int:
         """The memory of a token's keys and values."""
-        config = self.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * size * self.dtype.itemsize
+        numbers = 0
+        for layer in self.config.per_layer_config:  # of Gemma 4, layers differ in the size of a head
+            heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+            size = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+            numbers += 2 * heads * size
+        return numbers * self.dtype.itemsize
 
     @property
     def reads_padding(self) -> bool:

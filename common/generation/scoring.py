@@ -19,6 +19,8 @@ from common.sources import FileOptions
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 COUNTED = re.compile("[a-z0-9]", re.IGNORECASE)  # rouge_score counts words of these characters only
 
+ONE_BYTE = re.compile("<0x[0-9A-F]{2}>")
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a part of a character is decoded to
 SCORED_AT_ONCE = 256  # positions whose logits become fp32 at once: (256, 50k) are 50 MB
 
 
@@ -172,9 +174,19 @@ def text_likelihood(
         )
     check_tokens(ids, language_model, name=f"--perplexity {name}")
     result = likelihood(language_model, ids, window, start=start_token(language_model))
-    # the first token may be a special one, which the text does not contain
-    scored = text.removeprefix(str(tokenizer.decode(ids[:1], skip_special_tokens=True)))
-    return replace(result, num_bytes=len(scored.encode()))
+    return replace(result, num_bytes=len(text.encode()) - _bytes_of_first(ids, text, language_model))
+
+
+def _bytes_of_first(ids: list[int], text: str, language_model: LanguageModel) -> int:
+    """Return how many bytes of a text its first token stands for: none if it is a special one."""
+    tokenizer = language_model.tokenizer
+    first = str(tokenizer.decode(ids[:1], skip_special_tokens=True))
+    name = str(tokenizer.convert_ids_to_tokens(ids[0]))
+    if REPLACEMENT in first and REPLACEMENT not in name:
+        # a part of a character: its name is one byte in hexadecimal, or has a character for each byte
+        return 1 if ONE_BYTE.fullmatch(name) else len(name)
+    # white space that the tokenizer puts before a text is no part of it
+    return len(first.encode()) if text.startswith(first) else 0
 
 
 def show_perplexity(language_model: LanguageModel, text: str, window: SlidingWindow, *, name: str) -> None:

@@ -42,6 +42,11 @@ SERVED = {  # model_type: its settings
     "falcon": {**COMMON, "num_kv_heads": 2, "new_decoder_architecture": True},
     "gemma": {**COMMON, **KEYS, "head_dim": 8},
     "gemma2": {**COMMON, **KEYS, "head_dim": 8, "sliding_window": 6},
+    "gemma4_text": {
+        **{**COMMON, **KEYS, "head_dim": 8, "global_head_dim": 16, "sliding_window": 6},
+        **{"layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 8},
+        "vocab_size_per_layer_input": 512,
+    },
     "gpt2": GPT,
     "gpt_bigcode": GPT,
     "gpt_neo": {

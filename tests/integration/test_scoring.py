@@ -83,6 +83,18 @@ def test_every_window_begins_with_the_token_that_the_tokenizer_puts_before_a_tex
     assert len(given_ids) > 3 and all(len(ids) <= 6 and ids[0] == 1 and 1 not in ids[1:] for ids in given_ids)
 
 
+@pytest.mark.parametrize("text", ["éa b", " é", "a é", "\ufffda", "😀 b", "日本"])
+def test_bytes_of_the_first_token_are_not_scored(text):
+    """Oracle: the bytes that the token's name stands for, a character each."""
+    tokenizer = train_byte_bpe()
+    config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), max_position_embeddings=128)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    language_model = LanguageModel("tiny", TransformersModel(model), tokenizer, (2,), 0, 128)
+    found = scoring.text_likelihood(language_model, text, SlidingWindow(6, 3), name="x")
+    first, *others = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+    assert found.num_bytes == sum(map(len, others)) == len(text.encode()) - len(first)
+
+
 def test_rouge_is_what_the_tutorial_prints():
     """Oracle: the output of evaluate.load("rouge") in the tutorial, for its two quotations."""
     texts = ["It does not do to dwell on dreams and forget to live.", "After all this time? Always."]
