@@ -5,6 +5,7 @@ Importing it is quick: a column that is not there is told before any library is 
 
 import csv
 import io
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from common.plain_files import DataFile
 from common.sources import suffix
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars", " ": "spaces"}
+
+FOR_EXCEL = re.compile(r'"?sep=[^\r\n]"?(?=\r?\n)', re.IGNORECASE)
 
 csv.field_size_limit(sys.maxsize)
 
@@ -35,7 +38,12 @@ def default_delimiter(data: DataFile) -> str:
 
 
 def choose_delimiter(data: DataFile) -> str:
-    """Return what separates the cells of a table: as the flags say, else as its beginning shows."""
+    """Return what separates the cells of a table: as the flags say, else as its beginning shows.
+    Raises UserError for a first line that tells it to Excel alone.
+    """
+    if (line := FOR_EXCEL.match(data.head())) is not None:
+        problem = f"{line[0]!r} tells Excel what separates cells, and is no row"
+        raise UserError(f"{data.name}, line 1: {problem}; remove this line")
     if data.options.delimiter is not None:
         return data.options.delimiter
     columns = data.options.columns

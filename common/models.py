@@ -173,6 +173,8 @@ def check_weights(model: PreTrainedModel, report: dict, *, source: str) -> list[
     lacking = sorted(key for key in new if not is_head(key, model) or key.rpartition(".")[0] in loaded)
     if lacking:
         problem = f"its weights lack {_names(lacking)}"
+        if all(".decoder." in key for key in lacking):
+            problem = f"its weights are an encoder alone, and a {type(model).__name__} has a decoder too"
         if lacking[0] in other_shapes:
             saved, wanted = other_shapes[lacking[0]]
             problem = f"{lacking[0]} has the shape {saved}, and {wanted} in config.json"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import functools
+import itertools
 import os
 import re
 import sys
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from common import bundled, dialects, hub, json_objects, sources
 from common.columns import named_columns, possible_columns, require_column
-from common.errors import Fault, UserError, first_repeated, note, outcome, shorten
+from common.errors import Fault, UserError, first_repeated, listed, note, outcome, shorten
 from common.plain_files import (
     SAMPLE,
     DataFile,
@@ -389,8 +390,31 @@ def check_header(
         return
     parts = [(part, flag) for text, flag in several.items() for part in named_columns(text, names, flag=flag)]
     for column, flag in [*wanted.items(), *parts]:
-        if column.partition(".")[0] not in names:  # "a.b" may be a field of column a
+        if column in names:
+            continue
+        outer, inner = column.partition(".")[0], _inner_rows(file, name, options)
+        if inner is not None and (outer == inner or outer not in names):
+            problem = f"no column {column!r} among {listed(names)}, the keys of its only object"
+            advice = f"if its rows are the list {inner!r}, save this list as a file"
+            raise UserError(f"{source or name}: {problem}; {advice}, such as with jq '.{inner}'")
+        if outer not in names:  # "a.b" may be a field of column a
             require_column(names, column, source=source or name, flag=flag)
+
+
+def _inner_rows(file: BinaryIO, name: str, options: FileOptions) -> str | None:
+    """Return the key of the only list of objects in a file of JSON that is one object, as services on
+    the web send their rows: None if it is another file, or has several.
+    """
+    if sources.suffix(name) not in JSON_SUFFIXES:
+        return None
+    rows = json_objects.read_objects(DataFile(file, name, options, (), None))
+    (_, _, first), *others = itertools.islice(rows, 2)
+    inner = [key for key, value in first.items() if isinstance(value, list) and _are_objects(value)]
+    return inner[0] if len(inner) == 1 and not others else None
+
+
+def _are_objects(values: list) -> bool:
+    return bool(values) and all(isinstance(value, dict) for value in values)
 
 
 def _names_at_once(file: BinaryIO, name: str, wanted: Sequence[str], options: FileOptions) -> list[str]:

@@ -193,7 +193,7 @@ def describe_splits(splits: Splits, config: DataConfig, notes: DataNotes) -> str
     """Return what was read in some lines: sizes, task, and whatever a reader should know."""
     sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
     task = task_of_rows(splits["train"])
-    how = _how_it_was_found(splits["train"], task) if config.labels.task == "auto" else ""
+    how = _how_it_was_found(splits["train"], task, config.labels) if config.labels.task == "auto" else ""
     about = []
     if notes.unused:
         advice = "name one with --train-split, --validation-split or --test-split to use it"
@@ -230,7 +230,7 @@ def describe_splits(splits: Splits, config: DataConfig, notes: DataNotes) -> str
     return "\n".join(lines)
 
 
-def _how_it_was_found(rows: datasets.Dataset, task: Task) -> str:
+def _how_it_was_found(rows: datasets.Dataset, task: Task, labels: LabelConfig) -> str:
     """Return why `--task auto` took the labels of training rows for those of a task, and what says
     otherwise.
     """
@@ -238,6 +238,9 @@ def _how_it_was_found(rows: datasets.Dataset, task: Task) -> str:
         [name] = task.names
         if are_few([cell[name] for cell in rows["label"][:]]):
             return ", because the labels have decimals; --task single makes classes of them"
+    are_lists = task.kind == MULTI and labels.label_separator is None and "," not in labels.label_column
+    if are_lists and all(len(cell) == 1 for cell in rows["label"][:]):
+        return ", because they stand in lists, of one label each; --task single makes classes of them"
     return ", found from the labels; --task chooses another"
 
 

@@ -194,6 +194,8 @@ def _cell_problem(value: str | None, kind: Kind, labels: LabelColumns, are_flags
 def _list_problem(cell: list | None, kind: Kind, usual: int) -> str:
     if cell is None or any(item is None or is_blank(str(item)) for item in cell):
         return "the label is missing"
+    if kind == SINGLE and len(cell) != 1:
+        return "the label is none or several"
     if kind == REGRESSION and len(cell) != usual:
         return f"the label has another count of numbers than {usual}"
     if kind == REGRESSION and not all(map(is_number, cell)):

@@ -33,7 +33,8 @@ LEAST_FLAGS = 3
 LISTS = ("List", "LargeList")  # kinds of columns
 # no more digits than floats have
 NUMBER = re.compile(r"[+-]?\d{1,15}(\.\d{0,15})?(e[+-]?\d{1,2})?")
-DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?")
+DECIMAL_COMMA = re.compile(r"[+-]?(\d*|\d{1,3}(\.\d{3})+),\d+([eE][+-]?\d+)?")
+THOUSANDS = re.compile(r"[+-]?\d{1,3}(\.\d{3})+")  # where a comma stands for the decimal point
 # what stands for a missing label in files of spreadsheets and of pandas, in small letters
 MISSING = ("", "nan", "na", "n/a", "#n/a", "null")  # "none" can be a class
 # for a row that lacks its text or its label
@@ -149,8 +150,9 @@ def _tidy_name(name: str, config: LabelColumns, usual: dict[str, str]) -> str | 
     """Return a label as it is meant: a number with a decimal point, or a name in its usual spelling;
     None where it stands for a missing one.
     """
-    if config.decimal == "," and DECIMAL_COMMA.fullmatch(name.strip()):
-        return name.strip().replace(",", ".")
+    number = name.strip()
+    if config.decimal == "," and (DECIMAL_COMMA.fullmatch(number) or THOUSANDS.fullmatch(number)):
+        return number.replace(".", "").replace(",", ".")
     if not config.clean_labels:
         return name
     seen = seen_name(name)
@@ -270,6 +272,8 @@ def read_classes(split: str, rows: datasets.Dataset, column: str) -> list[str]:
                 )
         return [feature.names[value] for value in values]
     kind = reading.kind(rows, column)
+    if kind in LISTS:
+        return _only_labels(split, _listed_labels(split, rows, column), column)
     if kind.startswith("float"):
         values = [None if value is None or math.isnan(value) else value for value in values]
         if all(value is None or value.is_integer() for value in values):
@@ -287,6 +291,15 @@ def read_classes(split: str, rows: datasets.Dataset, column: str) -> list[str]:
         if value is None or is_blank(str(value)):
             raise _missing(split, row, column)
     return [str(value) for value in values]
+
+
+def _only_labels(split: str, lists: list[list[str]], column: str) -> list[str]:
+    """Return the classes of texts (N) that stand in lists of one, as tools for annotation write them."""
+    for row, labels in enumerate(lists, start=1):
+        if len(labels) != 1:
+            problem = f"column {column!r} holds {len(labels)} labels, and with --task single a text has one"
+            raise UserError(f"split {split}, row {row}: {problem}; correct the row, or use --task multi")
+    return [label for [label] in lists]
 
 
 def _missing(split: str, row: int, column: str) -> UserError:

@@ -237,7 +237,7 @@ def add_score_flags(parser: cli.Parser) -> None:
     help_text = (
         "validation score that tells which weights are best; on ties, the earliest are: loss; of"
         " one class accuracy, macro_f1, micro_f1, weighted_f1, binary_f1, matthews, roc_auc,"
-        " average_precision; of labels also subset_accuracy, label_accuracy; of numbers rmse, mae,"
+        " average_precision; of labels also subset_accuracy, label_accuracy; of numbers rmse, mae, r2,"
         " pearson, spearman"
     )
     flag("--best-metric", choices=METRICS, default="loss", metavar="SCORE", help=help_text)

@@ -156,6 +156,17 @@ def save_t5_tokenizer(folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
+def test_an_encoder_without_the_decoder_of_its_classifier_is_refused(tmp_path, capsys):
+    model = save(tmp_path / "t5", "t5")
+    config = AutoConfig.for_model("t5", **SMALL_T5, vocab_size=save_t5_tokenizer(model))
+    transformers.T5EncoderModel(config).save_pretrained(model)
+    (tmp_path / "data.csv").write_text("text,label\n" + "a film,x\na book,y\n" * 9)
+    flags = ["--dataset", tmp_path / "data.csv", "--output-dir", tmp_path / "run"]
+    assert classify("--model", model, *flags, "--cache-dir", tmp_path / "cache") == 2
+    said = capsys.readouterr().err
+    assert str(model) in said and "an encoder alone, and a T5ForSequenceClassification has a decoder" in said
+
+
 @pytest.mark.parametrize(
     "kind, mark, is_pair",
     [

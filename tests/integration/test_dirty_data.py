@@ -112,6 +112,26 @@ def test_inspect_names_texts_that_are_nearly_alike_across_splits(run, tmp_path):
         assert "  validation row 11 (neg), test row 11 (pos): " in rest  # alike but for capitals
 
 
+def test_lists_of_one_label_are_classes_where_that_is_said(run, tmp_path):
+    """As tools for annotation write them; a list of none or of two is no class."""
+    rows = [{"text": text, "label": [label]} for text, label in make_sentences(40)]
+    write = (tmp_path / "rows.jsonl").write_text
+    write("".join(f"{json.dumps(row)}\n" for row in rows))
+    code, printed, said = run(tmp_path / "rows.jsonl", "--inspect")
+    assert code == 0 and "task     multi" in printed and "--task single makes classes of them" in printed, (
+        said
+    )
+    code, printed, said = run(tmp_path / "rows.jsonl", "--inspect", "--task", "single")
+    assert code == 0 and "task     single" in printed and "4 test texts, 2 classes" in printed, said
+    rows[3]["label"], rows[7]["label"] = [], ["neg", "pos"]
+    write("".join(f"{json.dumps(row)}\n" for row in rows))
+    code, _, said = run(tmp_path / "rows.jsonl", "--task", "single", "--output-dir", tmp_path / "run")
+    assert code == 2 and "split train, row 4: column 'label' holds 0 labels" in said
+    code, printed, said = run(tmp_path / "rows.jsonl", "--task", "single", "--inspect")
+    line = next(line for line in printed.splitlines() if line.startswith("the label is none or several"))
+    assert code == 0 and "4, 8" in line
+
+
 def test_inspect_shows_all_the_rest_where_no_split_can_be_cut(dirty, run, tmp_path):
     """A class with one row can't be cut into three splits, nor can one text with numbers."""
     code, printed, said = run(dirty, "--inspect")

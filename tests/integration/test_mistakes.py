@@ -210,6 +210,16 @@ FILES = {  # name: (file's name, content, what the line must hold)
         '{"text": "a", "label": ["x", null]}\n{"text": "b", "label": ["y"]}\n',
         ("split train, row 1", "'label'", "missing", "fill it in"),
     ),
+    "rows within an object": (
+        "rows.json",
+        '{"status": "ok", "results": [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], "next": []}',
+        ("'text' among status, results, next", "only object", "list 'results'", "save this list as a file"),
+    ),
+    "a line for Excel": (
+        "rows.csv",
+        "SEP=;\r\ntext;label\r\na;x\r\nb;y\r\n",
+        ("rows.csv, line 1: 'SEP=;'", "Excel", "remove this line"),
+    ),
     "lists of numbers of two lengths": (
         "rows.jsonl",
         '{"text": "a", "label": [1.5, 2.5]}\n{"text": "b", "label": [0.5]}\n',

@@ -205,9 +205,11 @@ def test_tidy_labels_of_a_cell_with_several():
 
 
 def test_decimal_commas():
-    rows = make(["1,5", "-,25", "2", "1.5", "a,5", "1,5,2"])
+    meant = {"1,5": "1.5", "-,25": "-.25", "2": "2", "1.5": "1.5", "a,5": "a,5", "1,5,2": "1,5,2"}
+    meant |= {"1.154,91": "1154.91", "-1.000.154": "-1000154", "1.15,9": "1.15,9", "1.1545": "1.1545"}
+    rows = make(list(meant))
     tidied, _ = tidy_labels({"train": rows}, LabelConfig(decimal=",").among(()))
-    assert tidied["train"]["label"][:] == ["1.5", "-.25", "2", "1.5", "a,5", "1,5,2"]
+    assert tidied["train"]["label"][:] == list(meant.values())
 
 
 @pytest.mark.parametrize(
@@ -303,7 +305,7 @@ def test_the_columns_are_text_label_and_row():
                 " .*--label-column"
             ),
         ),
-        (make([["a"], ["b"]]), "split train: column 'label' holds List, but labels are "),
+        (make([["a"], ["b", "c"]]), "split train, row 2: column 'label' holds 2 labels, .* --task multi"),
         (make([None, None]), "split train: column 'label' holds null, but labels are "),
         (
             make(["a", "a"]),
