@@ -566,7 +566,10 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
         kind = type(first).__name__
         problem = f"its first module is {kind}, not a transformer that reads texts"
         raise UserError(f"--model {name}: {problem}")
-    if not isinstance(first, modules.Transformer) or first.modality_config.get("text") != PLAIN_TEXT:
+    parts: Iterable[Any] = model.modules()
+    has_routes = any(isinstance(part, Router) for part in parts)  # at the end too: a layer for each role
+    is_transformer = isinstance(first, modules.Transformer)
+    if has_routes or not is_transformer or first.modality_config.get("text") != PLAIN_TEXT:
         return _opaque(model, name)
     for setting in ROLE_SETTINGS:
         if getattr(first, setting, None) is not None:
@@ -592,13 +595,13 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
 
 
 def _opaque(model: "SentenceTransformer", name: str) -> SentenceModel:
-    """Return a model that the library computes as a whole: a Router with a part for queries and one
-    for documents, or CLIP, of which texts take a part.
+    """Return a model that the library computes as a whole: with a Router, which has modules for
+    queries and others for documents, or CLIP, of which texts take a part.
     """
     from common import models
 
     part: Any = model[0]
-    if hasattr(part, "sub_modules"):
+    while hasattr(part, "sub_modules"):
         part = part.sub_modules[part._resolve_route("document", "text")][0]
     tokenizer, width = part.tokenizer, model.get_embedding_dimension()
     assert tokenizer is not None and width is not None

@@ -165,7 +165,19 @@ def clip(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["router", "clip"])
+@pytest.fixture(scope="module")
+def router_head(tiny_model, tmp_path_factory):
+    """One transformer for all texts, and then a layer for queries and one for documents."""
+    folder = tmp_path_factory.mktemp("models") / "router_head"
+    torch.manual_seed(6)
+    head = Router({"query": [Dense(32, WIDTH)], "document": [Dense(32, WIDTH)]})
+    modules = [Transformer(str(tiny_model), max_seq_length=40), Pooling(32), head, Normalize()]
+    prompts = {"query": "what: ", "document": ""}
+    SentenceTransformer(modules=modules, device="cpu", prompts=prompts).save(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["router", "router_head", "clip"])
 def test_models_of_several_parts_give_the_numbers_of_the_library(kind, request):
     folder = request.getfixturevalue(kind)
     theirs = SentenceTransformer(str(folder), device="cpu")
@@ -187,6 +199,16 @@ def test_a_shorter_length_reaches_the_parts(router):
     assert np.abs(encoder.encode(TEXTS, role="document") - expected).max() < 1e-5
     with pytest.raises(UserError, match="--max-length 41"):
         load_encoder(EncoderConfig(str(router), max_length=41), CPU)
+
+
+def test_a_search_goes_through_the_routes_of_queries_and_documents(router_head, tmp_path, ok):
+    texts = write_lines(tmp_path / "texts.txt", TEXTS[:20])
+    theirs = SentenceTransformer(str(router_head), device="cpu")
+    expected = theirs.encode_document(TEXTS[:20]) @ theirs.encode_query("good film")
+    ok("index", texts, "--index", tmp_path / "ix", "--model", router_head)
+    for source in ([texts, "--model", router_head, "--query"], ["--index", tmp_path / "ix"]):
+        hits = ok("search", *source, "good film", "--top-k", 20, "--json")["queries"][0]["hits"]
+        assert np.abs(np.sort(expected)[::-1] - [hit["score"] for hit in hits]).max() < 1e-5
 
 
 def test_a_router_is_known_by_each_of_its_parts(router, tmp_path):
