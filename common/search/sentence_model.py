@@ -584,7 +584,7 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
     return SentenceModel(
         modules=[module.eval() for module in model],
         tokenizer=tokenizer,
-        max_length=model.max_seq_length or tokenizer.model_max_length,
+        max_length=min(model.max_seq_length or tokenizer.model_max_length, MOST_TOKENS),
         positions=models.max_positions(first.auto_model),
         width=width,
         prompts=model.prompts,

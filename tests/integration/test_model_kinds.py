@@ -27,6 +27,9 @@ from transformers import (
     CLIPTextConfig,
     CLIPTokenizerFast,
     CLIPVisionConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
 )
 
 from common.errors import UserError
@@ -124,6 +127,21 @@ def test_a_static_model_whose_files_do_not_fit_is_refused(damage, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=str(tmp_path)):
         read_model(tmp_path)
+
+
+def test_an_encoder_that_nothing_limits_reads_texts_whole(tiny_model, tmp_path):
+    """T5 has no table of positions, and its tokenizer may name no number of tokens."""
+    words = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    pieces = str(tiny_model / "tokenizer.json")
+    PreTrainedTokenizerFast(tokenizer_file=pieces, **words).save_pretrained(tmp_path)
+    torch.manual_seed(8)
+    config = T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=20, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(tmp_path)
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    encoder = load_encoder(EncoderConfig(str(tmp_path)), CPU)
+    assert np.abs(encoder.encode(TEXTS) - theirs.encode(TEXTS)).max() < 1e-5 and not encoder.num_cut
+    short = load_encoder(EncoderConfig(str(tmp_path), max_length=9), CPU)
+    assert short.encode(TEXTS).shape == (len(TEXTS), 16) and short.num_cut
 
 
 @pytest.fixture(scope="module")
