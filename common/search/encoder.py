@@ -435,10 +435,8 @@ def _chosen_length(model: SentenceModel, wanted: int | None) -> int:
     if wanted is None:
         return min(model.max_length, model.positions or model.max_length)
     special = model.tokenizer.num_special_tokens_to_add()
-    # one of the parts of a model that the library computes may have no more
-    positions = model.positions if model.library is None else model.max_length
-    if wanted <= special or (positions and wanted > positions):
-        most = f" and at most {positions}" if positions else ""
+    if wanted <= special or (model.positions and wanted > model.positions):
+        most = f" and at most {model.positions}" if model.positions else ""
         limits = f"more than {special} (the special tokens){most}"
         raise UserError(f"--max-length {wanted}: the model reads {limits} tokens")
     return wanted

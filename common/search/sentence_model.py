@@ -600,12 +600,17 @@ def _opaque(model: "SentenceTransformer", name: str) -> SentenceModel:
     """
     from common import models
 
+    parts: Iterable[Any] = model.modules()
+    for part in parts:
+        if hasattr(part, "auto_model") and (positions := models.max_positions(part.auto_model)):
+            # the library reads max_position_embeddings: of RoBERTa two more than there are for tokens
+            part.max_seq_length = min(part.max_seq_length or positions, positions)
     part: Any = model[0]
     while hasattr(part, "sub_modules"):
         part = part.sub_modules[part._resolve_route("document", "text")][0]
     tokenizer, width = part.tokenizer, model.get_embedding_dimension()
     assert tokenizer is not None and width is not None
-    limit = part.max_seq_length
+    max_length = int(min(part.max_seq_length or MOST_TOKENS, MOST_TOKENS))
     if isinstance(tokenizer, tokenizers.Tokenizer):
         tokenizer = Tokenizer(
             tokenizers.Tokenizer.from_str(tokenizer.to_str()), {}, ["input_ids"], MOST_TOKENS
@@ -616,8 +621,8 @@ def _opaque(model: "SentenceTransformer", name: str) -> SentenceModel:
     return SentenceModel(
         modules=[],
         tokenizer=tokenizer,
-        max_length=int(min(limit or MOST_TOKENS, MOST_TOKENS)),
-        positions=None,
+        max_length=max_length,
+        positions=None if max_length == MOST_TOKENS else max_length,  # another part may have no more
         width=width,
         prompts={key: prompt or "" for key, prompt in model.prompts.items()},
         default_prompt_name=model.default_prompt_name,

@@ -20,6 +20,7 @@ from sentence_transformers.sentence_transformer.modules import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModel,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -28,6 +29,7 @@ from transformers import (
     CLIPTokenizerFast,
     CLIPVisionConfig,
     PreTrainedTokenizerFast,
+    RobertaConfig,
     T5Config,
     T5EncoderModel,
 )
@@ -195,6 +197,22 @@ def router_head(tiny_model, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def router_of_robertas(tiny_model, tmp_path_factory):
+    """RoBERTa numbers positions from 2: of 50 it has 48 for tokens, and its tokenizer says 64."""
+    plain = tmp_path_factory.mktemp("models") / "roberta"
+    shutil.copytree(tiny_model, plain, ignore=shutil.ignore_patterns("model.safetensors", "config.json"))
+    small = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    positions = {"max_position_embeddings": 50, "pad_token_id": 1}
+    torch.manual_seed(7)
+    AutoModel.from_config(RobertaConfig(vocab_size=300, **small, **positions)).save_pretrained(plain)
+    query, document = ([Transformer(str(plain)), Pooling(16, mode)] for mode in ("cls", "mean"))
+    folder = plain.with_name("router_of_robertas")
+    modules = [Router.for_query_document(query, document)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder))
+    return folder
+
+
 @pytest.mark.parametrize("kind", ["router", "router_head", "clip"])
 def test_models_of_several_parts_give_the_numbers_of_the_library(kind, request):
     folder = request.getfixturevalue(kind)
@@ -227,6 +245,19 @@ def test_a_search_goes_through_the_routes_of_queries_and_documents(router_head, 
     for source in ([texts, "--model", router_head, "--query"], ["--index", tmp_path / "ix"]):
         hits = ok("search", *source, "good film", "--top-k", 20, "--json")["queries"][0]["hits"]
         assert np.abs(np.sort(expected)[::-1] - [hit["score"] for hit in hits]).max() < 1e-5
+
+
+def test_the_parts_of_a_router_read_no_more_tokens_than_they_have_positions(router_of_robertas):
+    """The library itself fails on a text of more."""
+    encoder = load_encoder(EncoderConfig(str(router_of_robertas)), CPU)
+    assert encoder.max_length == 48
+    theirs = SentenceTransformer(str(router_of_robertas), device="cpu")
+    for part in theirs[0].sub_modules.values():
+        part[0].max_seq_length = 48
+    for role, oracle in {"query": theirs.encode_query, "document": theirs.encode_document}.items():
+        assert np.abs(encoder.encode(TEXTS, role=role) - oracle(TEXTS)).max() < 1e-5
+    with pytest.raises(UserError, match="--max-length 49: .* at most 48 tokens"):
+        load_encoder(EncoderConfig(str(router_of_robertas), max_length=49), CPU)
 
 
 def test_a_router_is_known_by_each_of_its_parts(router, tmp_path):
