@@ -38,6 +38,7 @@ from common.tokenizer import Tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router
     from transformers import PreTrainedTokenizerBase
 
 # settings of a model's configuration that don't change an embedding
@@ -602,6 +603,8 @@ def _opaque(model: "SentenceTransformer", name: str) -> SentenceModel:
 
     parts: Iterable[Any] = model.modules()
     for part in parts:
+        if hasattr(part, "sub_modules"):
+            _check_routes(part, name)
         if hasattr(part, "auto_model") and (positions := models.max_positions(part.auto_model)):
             # the library reads max_position_embeddings: of RoBERTa two more than there are for tokens
             part.max_seq_length = min(part.max_seq_length or positions, positions)
@@ -630,6 +633,17 @@ def _opaque(model: "SentenceTransformer", name: str) -> SentenceModel:
         fingerprint=_opaque_fingerprint(model),
         library=model,
     )
+
+
+def _check_routes(router: "Router", name: str) -> None:
+    """Raise UserError unless a Router has a route for queries and one for documents."""
+    for task in ("query", "document"):
+        try:
+            router._resolve_route(task, "text")
+        except ValueError as error:
+            problem = f"its Router has no route for {task!r}, only for {', '.join(router.sub_modules)}"
+            advice = "rename one in a copy of router_config.json, or name another model"
+            raise UserError(f"--model {name}: {problem}; {advice}") from error
 
 
 def _opaque_fingerprint(model: "SentenceTransformer") -> str:

@@ -247,6 +247,21 @@ def test_a_search_goes_through_the_routes_of_queries_and_documents(router_head, 
         assert np.abs(np.sort(expected)[::-1] - [hit["score"] for hit in hits]).max() < 1e-5
 
 
+def test_a_router_without_a_route_for_documents_is_refused(router_head, tmp_path, embed, ok):
+    """As encode_document refuses it; what the message advises helps."""
+    folder = shutil.copytree(router_head, tmp_path / "model")
+    settings = next(folder.rglob("router_config.json"))
+    routes = settings.read_text()
+    assert routes.count('"document"') == 1
+    settings.write_text(routes.replace('"document"', '"passage"'))
+    texts = write_lines(tmp_path / "texts.txt", TEXTS[:9])
+    code, _, stderr = embed("index", texts, "--index", tmp_path / "ix", "--model", folder)
+    assert code == 2 and stderr.count("\n") == 1
+    assert "no route for 'document', only for query, passage; rename one" in stderr
+    settings.write_text(settings.read_text().replace('"passage"', '"document"'))
+    ok("index", texts, "--index", tmp_path / "ix", "--model", folder)
+
+
 def test_the_parts_of_a_router_read_no_more_tokens_than_they_have_positions(router_of_robertas):
     """The library itself fails on a text of more."""
     encoder = load_encoder(EncoderConfig(str(router_of_robertas)), CPU)
