@@ -71,6 +71,7 @@ class SentenceModel:
     pooling: str  # what follows the transformer, in a few words
     fingerprint: str  # of all that determines its embeddings
     library: "SentenceTransformer | None" = None  # where the modules are no sequence
+    reads_padding: bool = False  # whether an embedding depends on how far a text is padded
 
 
 def load_model(name: str, *, cache_dir: str | None) -> SentenceModel:
@@ -567,11 +568,12 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
         kind = type(first).__name__
         problem = f"its first module is {kind}, not a transformer that reads texts"
         raise UserError(f"--model {name}: {problem}")
-    parts: Iterable[Any] = model.modules()
-    has_routes = any(isinstance(part, Router) for part in parts)  # at the end too: a layer for each role
+    kinds = {type(part) for part in model.modules()}
+    reads_padding = modules.CNN in kinds  # it looks at the neighbours of each token
     is_transformer = isinstance(first, modules.Transformer)
-    if has_routes or not is_transformer or first.modality_config.get("text") != PLAIN_TEXT:
-        return _opaque(model, name)
+    # a Router may come later too, with a layer for each role
+    if Router in kinds or not is_transformer or first.modality_config.get("text") != PLAIN_TEXT:
+        return _opaque(model, name, reads_padding=reads_padding)
     for setting in ROLE_SETTINGS:
         if getattr(first, setting, None) is not None:
             problem = f"its first module sets {setting}, which is unsupported"
@@ -592,10 +594,11 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
         default_prompt_name=model.default_prompt_name,
         pooling=describe_pooling(model),
         fingerprint=known_by,
+        reads_padding=reads_padding,
     )
 
 
-def _opaque(model: "SentenceTransformer", name: str) -> SentenceModel:
+def _opaque(model: "SentenceTransformer", name: str, *, reads_padding: bool) -> SentenceModel:
     """Return a model that the library computes as a whole: with a Router, which has modules for
     queries and others for documents, or CLIP, of which texts take a part.
     """
@@ -632,6 +635,7 @@ def _opaque(model: "SentenceTransformer", name: str) -> SentenceModel:
         pooling=", ".join(type(module).__name__ for module in model),
         fingerprint=_opaque_fingerprint(model),
         library=model,
+        reads_padding=reads_padding,
     )
 
 

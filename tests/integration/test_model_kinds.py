@@ -12,6 +12,7 @@ from model2vec import StaticModel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import (
+    CNN,
     Dense,
     Normalize,
     Pooling,
@@ -129,6 +130,25 @@ def test_a_static_model_whose_files_do_not_fit_is_refused(damage, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=str(tmp_path)):
         read_model(tmp_path)
+
+
+@pytest.mark.parametrize("is_in_a_router", [False, True])
+def test_what_reads_the_padding_gets_none(is_in_a_router, tiny_model, tmp_path):
+    """The library's CNN looks at the neighbours of each token, also behind the end of a text: there a
+    text's embedding depends on the longest of its batch.
+    """
+    torch.manual_seed(9)
+    transformer = Transformer(str(tiny_model), max_seq_length=64)
+    modules = [transformer, CNN(32, 8, kernel_sizes=[1, 5]), Pooling(16)]
+    if is_in_a_router:
+        static = StaticEmbedding(train_wordpiece([text for text, _ in make_sentences(60)]), embedding_dim=16)
+        modules = [Router.for_query_document([static], modules)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path))
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    one_by_one = theirs.encode_document(TEXTS, batch_size=1)
+    assert np.abs(theirs.encode_document(TEXTS) - one_by_one).max() > 0.01
+    encoder = load_encoder(EncoderConfig(str(tmp_path)), CPU)
+    assert np.abs(encoder.encode(TEXTS, role="document") - one_by_one).max() < 1e-5
 
 
 def test_an_encoder_that_nothing_limits_reads_texts_whole(tiny_model, tmp_path):
