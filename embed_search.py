@@ -200,7 +200,7 @@ def fill_index(
 ) -> None:
     """Write the embeddings of texts to an index, block by block; a signal keeps the blocks that are done."""
     from common.search import display
-    from common.search.builder import Builder, fill, read_vectors, settings_of
+    from common.search.builder import Builder, check_decimal_commas, fill, read_vectors, settings_of
     from common.search.encoder import chunk_size
     from common.search.index import open_store
 
@@ -213,6 +213,8 @@ def fill_index(
             check_settings(args.index, settings, store.snapshot.settings)
             if store.snapshot.num_rows and settings["model"] != store.snapshot.settings["model"]:
                 store.record_model(settings["model"])  # the same one, which has moved
+            if args.decimal == ",":
+                check_decimal_commas(collection, store.snapshot)
             given = None
             if args.vectors:
                 given = read_vectors(

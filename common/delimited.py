@@ -240,7 +240,7 @@ def _as_numbers(column: pa.ChunkedArray, decimal: str) -> pa.ChunkedArray:
         return pa.chunked_array([pa.nulls(len(cells))])
     block = next(block for block in cells.chunks if block.null_count < len(block))
     head = block.drop_null().slice(0, 100)
-    fractions = DECIMAL.replace(r"\.", re.escape(decimal))
+    fractions = _fractions(decimal)
     for pattern, kind in ((WHOLE, pa.int64()), (fractions, pa.float64()), (BOOLEAN, pa.bool_())):
         # most columns of texts are none of these in their first cells already
         if _all_match(head, pattern) and _all_match(cells, pattern):
@@ -249,6 +249,17 @@ def _as_numbers(column: pa.ChunkedArray, decimal: str) -> pa.ChunkedArray:
             is_finite = kind != pa.float64() or pc.all(pc.is_finite(numbers)).as_py()
             return numbers if is_finite else cells  # 1e400 would be infinite
     return cells
+
+
+def has_decimal_commas(texts: pa.ChunkedArray) -> bool:
+    """Return whether `--decimal ,`, and nothing else, makes numbers of a column of texts."""
+    cells = texts.filter(pc.not_equal(texts, ""))  # none that is missing either
+    return _all_match(cells, _fractions(",")) and not _all_match(cells, DECIMAL)
+
+
+def _fractions(decimal: str) -> str:
+    """Return the pattern of numbers with this character before their decimals."""
+    return DECIMAL.replace(r"\.", re.escape(decimal))
 
 
 def _all_match(cells: pa.ChunkedArray | pa.Array, pattern: str) -> bool:

@@ -337,10 +337,13 @@ def replace_file(path: Path, text: str) -> None:
     the new file after it.
     """
     new = path.with_name(f"{path.name}.{os.getpid()}")
-    new.write_text(text, encoding="utf-8")
-    sync_file(new)
-    sync_folder(path.parent)
-    new.rename(path)
+    try:
+        new.write_text(text, encoding="utf-8")
+        sync_file(new)
+        sync_folder(path.parent)
+        new.rename(path)
+    finally:
+        new.unlink(missing_ok=True)  # of a full disk, which needs the space
     sync_folder(path.parent)
 
 

@@ -18,12 +18,13 @@ import io
 import json
 import os
 import random
+import resource
 import select
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -543,6 +544,19 @@ def write_lines(path: Path, lines: list[str]) -> Path:
     """Write lines to a file and return its path."""
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+@contextlib.contextmanager
+def limited_file_size(num_bytes: int) -> Iterator[None]:
+    """Let no file that this process writes within the block become larger: as on a full disk, the
+    system takes the bytes before, and its error names no file.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def rows_by_id(folder: Path) -> dict[str, tuple]:

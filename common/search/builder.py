@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from common import cli
+from common import cli, delimited
 from common.errors import UserError, reading
 from common.reading import evenly_spaced
 from common.runtime import Runtime
@@ -197,6 +197,8 @@ class Builder:
             if _fitting(here, there) is None:
                 problem = f"column {name!r} is {here}, in the index it is {there}"
                 advice = "make the columns equal, or use another --index"
+                if pa.types.is_string(here) and delimited.has_decimal_commas(collection.rows[name]):
+                    advice = "give --decimal , as for the texts before"
                 raise UserError(f"{collection.name}: {problem}; {advice}")
         if not self.update:
             check_unchanged(collection, self._plan, block=ROWS_AT_ONCE)
@@ -397,6 +399,22 @@ def progress_bar(num_texts: int) -> tqdm:
     hidden = None if cli.is_rank_0() else True  # None: where stderr is not a terminal
     options = {"unit": "text", "desc": "encoding", "leave": False, "dynamic_ncols": True}
     return tqdm(total=num_texts, disable=hidden, **options)
+
+
+def check_decimal_commas(collection: Collection, snapshot: Snapshot) -> None:
+    """Raise UserError where an index made without the flag `--decimal ,` has a column of texts of
+    what that makes numbers: they would be no numbers now either.
+    """
+    for name, kind in snapshot.columns.items():
+        if not pa.types.is_string(kind) or name not in collection.rows.column_names:
+            continue
+        here, parts = collection.rows[name], snapshot.segments
+        indexed = [part.rows([name], np.flatnonzero(part.is_live))[name] for part in parts]
+        there = pa.chunked_array([block for column in indexed for block in column.chunks], kind)
+        if pa.types.is_string(here.type) and all(map(delimited.has_decimal_commas, (here, there))):
+            problem = f"the index holds the numbers of column {name!r} as texts, and they would stay so"
+            advice = "leave the flag out, or index all texts with it into a new --index"
+            raise UserError(f"--decimal ,: {problem}; {advice}")
 
 
 def fill(builder: Builder, collection: Collection, *, block: int) -> None:

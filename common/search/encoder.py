@@ -141,7 +141,8 @@ class Encoder:
         prompt = self.prompt(role)
         tokens, num_cut = self.tokenize([prompt + text for text in row_of])
         vectors = torch.zeros(len(row_of), self.width, device=self.runtime.device)
-        batches = token_batches([len(ids) for ids in tokens["input_ids"]], self.batch_tokens)
+        lengths, is_padded = [len(ids) for ids in tokens["input_ids"]], not self.model.reads_padding
+        batches = token_batches(lengths, self.batch_tokens, is_padded=is_padded)
         own = batches[self.runtime.rank :: self.runtime.world_size]
         length = self._prompt_length(prompt)
         if self.model.library is None:
@@ -238,7 +239,7 @@ class Encoder:
             embeddings = library.encode(
                 texts,
                 prompt=prompt,
-                batch_size=len(texts),
+                batch_size=1 if self.model.reads_padding else len(texts),
                 convert_to_tensor=True,
                 show_progress_bar=False,
                 **task,
@@ -246,18 +247,22 @@ class Encoder:
         return embeddings.float()[:, : self.width]
 
 
-def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[np.ndarray]:
+def token_batches(lengths: Sequence[int], batch_tokens: int, *, is_padded: bool = True) -> list[np.ndarray]:
     """Return batches of row numbers, the longest texts first, each of at most `batch_tokens`
-    positions with its padding, or of one text.
+    positions with its padding, or of one text. Unless `is_padded`, the texts of a batch are equally long.
 
     `lengths` (N): tokens of each text.
     """
-    order = np.argsort(-np.asarray(lengths), kind="stable")  # longest first
+    negated = -np.asarray(lengths)
+    order = np.argsort(negated, kind="stable")  # longest first
+    ascending = negated[order]
     batches, start = [], 0
     while start < len(order):
         # the first text of a batch is its longest, and the others are padded to its length
         length = max(lengths[order[start]], 1)
         size = max(batch_tokens // length, 1)
+        if not is_padded:
+            size = min(size, int(np.searchsorted(ascending, ascending[start], side="right")) - start)
         batches.append(order[start : start + size])
         start += size
     return batches
@@ -435,10 +440,8 @@ def _chosen_length(model: SentenceModel, wanted: int | None) -> int:
     if wanted is None:
         return min(model.max_length, model.positions or model.max_length)
     special = model.tokenizer.num_special_tokens_to_add()
-    # one of the parts of a model that the library computes may have no more
-    positions = model.positions if model.library is None else model.max_length
-    if wanted <= special or (positions and wanted > positions):
-        most = f" and at most {positions}" if positions else ""
+    if wanted <= special or (model.positions and wanted > model.positions):
+        most = f" and at most {model.positions}" if model.positions else ""
         limits = f"more than {special} (the special tokens){most}"
         raise UserError(f"--max-length {wanted}: the model reads {limits} tokens")
     return wanted

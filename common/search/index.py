@@ -466,8 +466,12 @@ def open_store(folder: str | Path, *, settings: Settings | None = None, wait: fl
         else:
             store = Store(folder, open_snapshot(folder))
         store.clean()
-        yield store
-        store.begin()
+        try:
+            yield store
+            store.begin()
+        finally:
+            if not (folder / MANIFEST).is_file():
+                store.clean()  # or files of no index would stay, which the same command refuses
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ similarity, fused with BM25; the caches of BM25 and FAISS.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import shutil
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from common import files
-from common.errors import UserError, quoted
+from common.errors import UserError, note, quoted
 from common.reading import evenly_spaced
 from common.search import kernel
 from common.search.index import CACHE_PREFIX, CACHE_STAMP, Snapshot, cache_stamp
@@ -38,6 +39,7 @@ SMALL_SHARE = 0.1
 SCANNED, SCANNED_FOR_EACH = 200, 10
 CODE_BITS, CODE_WIDTH = 4, 2  # of FAISS's fast scan: bits of a code, dimensions that share one
 TRAINED = 20_000  # vectors that the codes are fitted to
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)  # of a folder that belongs to others
 Cached = TypeVar("Cached")
 
 
@@ -243,7 +245,8 @@ def cached(
     fills it where it is missing, stale or damaged.
 
     A cache carries the stamp of the state that it was made of, and of what it was `made_with`, and
-    is never used for another state. Raises UserError when the folder can't be written.
+    is never used for another state. Where the index can't be written, as one that others share, it
+    lasts for this command alone, which a line says. Raises UserError for other faults of the disk.
     """
     folder = snapshot.folder / f"{CACHE_PREFIX}{name}"
     stamp = f"{snapshot.sha256} {made_with}".rstrip()
@@ -252,30 +255,43 @@ def cached(
         # meanwhile: it is built again
         with contextlib.suppress(Exception):
             return load(folder)
-    say(f"cache    {folder}: built for this state of the index")
     try:
-        return _built(folder, stamp, build=build, load=load)
+        try:
+            workplace = _temporary_folder(folder, beside_it=True)
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+            note(f"{folder}: built for this command alone, and not kept: {error.strerror}")
+            with _temporary_folder(folder, beside_it=False) as parent:
+                build(Path(parent))
+                return load(Path(parent))
+        say(f"cache    {folder}: built for this state of the index")
+        with workplace as parent:
+            return _built(folder, stamp, Path(parent), build=build, load=load)
     except OSError as error:
         problem = f"the cache can't be written: {error.strerror or error}"
         advice = "correct that, or copy the index to a folder of your own"
         raise UserError(f"{folder}: {problem}; {advice}") from error
 
 
+def _temporary_folder(folder: Path, *, beside_it: bool) -> tempfile.TemporaryDirectory[str]:
+    """Return a new folder in which that of a cache is made."""
+    place = folder.parent if beside_it else None
+    return tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=place, ignore_cleanup_errors=True)
+
+
 def _built(
-    folder: Path, stamp: str, *, build: Callable[[Path], None], load: Callable[[Path], Cached]
+    folder: Path, stamp: str, parent: Path, *, build: Callable[[Path], None], load: Callable[[Path], Cached]
 ) -> Cached:
-    """Return what is loaded from a cache that is built anew beside `folder` and takes its place."""
-    with tempfile.TemporaryDirectory(
-        prefix=f"{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
-    ) as parent:
-        # a temporary folder is private; this one has the permissions of the index
-        fresh = Path(parent) / "cache"
-        fresh.mkdir()
-        build(fresh)
-        (fresh / CACHE_STAMP).write_text(stamp, encoding="utf-8")
-        files.write_manifest(fresh)
-        loaded = load(fresh)
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process was faster
-            fresh.rename(folder)
-        return loaded
+    """Return what is loaded from a cache that is built anew in `parent` and takes its place."""
+    # a temporary folder is private; this one has the permissions of the index
+    fresh = parent / "cache"
+    fresh.mkdir()
+    build(fresh)
+    (fresh / CACHE_STAMP).write_text(stamp, encoding="utf-8")
+    files.write_manifest(fresh)
+    loaded = load(fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another process was faster
+        fresh.rename(folder)
+    return loaded

@@ -4,6 +4,7 @@ each document, reranked by a cross-encoder.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -106,7 +107,10 @@ class Searcher:
         with runtime.local_main_first():
             self.ranker.prepare(queries)
         model = dataclasses.replace(encoder, runtime=runtime.alone, num_encoded=0, num_cut=0)
-        alone = dataclasses.replace(self.ranked(say=lambda line: None), encoder=model)
+        assert isinstance(self.ranker, Ranker)  # Milvus is searched by one process
+        ranker = copy.copy(self.ranker)  # with the caches that it has loaded
+        ranker.say = lambda line: None
+        alone = dataclasses.replace(self, ranker=ranker, encoder=model)
         blocks = runtime.share(range(0, len(queries), QUERIES))
         all_numbers = range(len(queries))
         numbers = [number for start in blocks for number in all_numbers[start : start + QUERIES]]

@@ -199,7 +199,8 @@ def _advice_on_numbers(snapshot: Snapshot, condition: str) -> str:
         return ""
     quoted = name if name.isidentifier() else f'"{name}"'
     number = f"CAST(replace({quoted}, ',', '.') AS DOUBLE) > 3"
-    return f"; {quoted} holds texts: if these are numbers, index them with --decimal , or write {number}"
+    again = "index them with --decimal , into a new --index"
+    return f"; {quoted} holds texts: if these are numbers, {again}, or write {number}"
 
 
 def _ask_child(snapshot: Snapshot, condition: str, limits: Limits) -> tuple[bytes, bytes]:

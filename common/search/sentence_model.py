@@ -38,6 +38,7 @@ from common.tokenizer import Tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Router
     from transformers import PreTrainedTokenizerBase
 
 # settings of a model's configuration that don't change an embedding
@@ -70,6 +71,7 @@ class SentenceModel:
     pooling: str  # what follows the transformer, in a few words
     fingerprint: str  # of all that determines its embeddings
     library: "SentenceTransformer | None" = None  # where the modules are no sequence
+    reads_padding: bool = False  # whether an embedding depends on how far a text is padded
 
 
 def load_model(name: str, *, cache_dir: str | None) -> SentenceModel:
@@ -566,8 +568,12 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
         kind = type(first).__name__
         problem = f"its first module is {kind}, not a transformer that reads texts"
         raise UserError(f"--model {name}: {problem}")
-    if not isinstance(first, modules.Transformer) or first.modality_config.get("text") != PLAIN_TEXT:
-        return _opaque(model, name)
+    kinds = {type(part) for part in model.modules()}
+    reads_padding = modules.CNN in kinds  # it looks at the neighbours of each token
+    is_transformer = isinstance(first, modules.Transformer)
+    # a Router may come later too, with a layer for each role
+    if Router in kinds or not is_transformer or first.modality_config.get("text") != PLAIN_TEXT:
+        return _opaque(model, name, reads_padding=reads_padding)
     for setting in ROLE_SETTINGS:
         if getattr(first, setting, None) is not None:
             problem = f"its first module sets {setting}, which is unsupported"
@@ -581,28 +587,36 @@ def load_with_library(folder: Path, name: str) -> SentenceModel:
     return SentenceModel(
         modules=[module.eval() for module in model],
         tokenizer=tokenizer,
-        max_length=model.max_seq_length or tokenizer.model_max_length,
+        max_length=min(model.max_seq_length or tokenizer.model_max_length, MOST_TOKENS),
         positions=models.max_positions(first.auto_model),
         width=width,
         prompts=model.prompts,
         default_prompt_name=model.default_prompt_name,
         pooling=describe_pooling(model),
         fingerprint=known_by,
+        reads_padding=reads_padding,
     )
 
 
-def _opaque(model: "SentenceTransformer", name: str) -> SentenceModel:
-    """Return a model that the library computes as a whole: a Router with a part for queries and one
-    for documents, or CLIP, of which texts take a part.
+def _opaque(model: "SentenceTransformer", name: str, *, reads_padding: bool) -> SentenceModel:
+    """Return a model that the library computes as a whole: with a Router, which has modules for
+    queries and others for documents, or CLIP, of which texts take a part.
     """
     from common import models
 
+    parts: Iterable[Any] = model.modules()
+    for part in parts:
+        if hasattr(part, "sub_modules"):
+            _check_routes(part, name)
+        if hasattr(part, "auto_model") and (positions := models.max_positions(part.auto_model)):
+            # the library reads max_position_embeddings: of RoBERTa two more than there are for tokens
+            part.max_seq_length = min(part.max_seq_length or positions, positions)
     part: Any = model[0]
-    if hasattr(part, "sub_modules"):
+    while hasattr(part, "sub_modules"):
         part = part.sub_modules[part._resolve_route("document", "text")][0]
     tokenizer, width = part.tokenizer, model.get_embedding_dimension()
     assert tokenizer is not None and width is not None
-    limit = part.max_seq_length
+    max_length = int(min(part.max_seq_length or MOST_TOKENS, MOST_TOKENS))
     if isinstance(tokenizer, tokenizers.Tokenizer):
         tokenizer = Tokenizer(
             tokenizers.Tokenizer.from_str(tokenizer.to_str()), {}, ["input_ids"], MOST_TOKENS
@@ -613,15 +627,27 @@ def _opaque(model: "SentenceTransformer", name: str) -> SentenceModel:
     return SentenceModel(
         modules=[],
         tokenizer=tokenizer,
-        max_length=int(min(limit or MOST_TOKENS, MOST_TOKENS)),
-        positions=None,
+        max_length=max_length,
+        positions=None if max_length == MOST_TOKENS else max_length,  # another part may have no more
         width=width,
         prompts={key: prompt or "" for key, prompt in model.prompts.items()},
         default_prompt_name=model.default_prompt_name,
         pooling=", ".join(type(module).__name__ for module in model),
         fingerprint=_opaque_fingerprint(model),
         library=model,
+        reads_padding=reads_padding,
     )
+
+
+def _check_routes(router: "Router", name: str) -> None:
+    """Raise UserError unless a Router has a route for queries and one for documents."""
+    for task in ("query", "document"):
+        try:
+            router._resolve_route(task, "text")
+        except ValueError as error:
+            problem = f"its Router has no route for {task!r}, only for {', '.join(router.sub_modules)}"
+            advice = "rename one in a copy of router_config.json, or name another model"
+            raise UserError(f"--model {name}: {problem}; {advice}") from error
 
 
 def _opaque_fingerprint(model: "SentenceTransformer") -> str:

@@ -132,6 +132,42 @@ def test_files_one_after_the_other_fill_widen_and_keep_what_is_written(ok, embed
         assert values(tmp_path / "at-once", name) == values(ix, name)
 
 
+@pytest.fixture
+def prices(tmp_path):
+    """A file whose numbers have a comma before their decimals, and codes that may look so too."""
+    path = tmp_path / "prices.csv"
+    path.write_text('id,text,price,code\na,good,"1,5",A12\nb,bad,"12,25","1,5"\nc,rain,3,\n')
+    return path
+
+
+def test_an_index_with_decimal_commas_as_texts_says_that_they_stay_so(ok, embed, prices, tmp_path):
+    """As following the advice with --update would change nothing."""
+    index, folder = ("--index", tmp_path / "ix", "--id-column", "id"), tmp_path / "ix"
+    ok("index", prices, *index)
+    advice = "index them with --decimal , into a new --index, or write CAST("
+    code, _, stderr = embed("search", "--index", folder, "film", "--where", "price > 2")
+    assert code == 2 and advice in stderr, stderr
+    for command in (("index", prices, *index, "--update"), ("sync", prices, *index)):
+        code, _, stderr = embed(*command, "--decimal", ",")
+        assert code == 2 and stderr.count("\n") == 1
+        assert "--decimal ,: the index holds the numbers of column 'price' as texts" in stderr
+        assert "into a new --index" in stderr
+    ok("index", prices, "--index", tmp_path / "new", "--id-column", "id", "--decimal", ",")
+    assert where(tmp_path / "new", "price > 2") == {"b", "c"}
+    # codes are texts, with the flag too
+    few = write_lines(tmp_path / "few.csv", ["id,text,code", 'd,snow,"2,5"'])
+    ok("index", few, "--index", tmp_path / "new", "--decimal", ",")
+    assert values(tmp_path / "new", "code") == ["A12", "1,5", None, "2,5"]
+
+
+def test_decimal_commas_without_the_flag_of_the_index_name_it(ok, embed, prices, tmp_path):
+    ok("index", prices, "--index", tmp_path / "ix", "--id-column", "id", "--decimal", ",")
+    code, _, stderr = embed("index", prices, "--index", tmp_path / "ix")
+    assert code == 2 and "'price' is string, in the index it is double; give --decimal ," in stderr
+    again = ok("index", prices, "--index", tmp_path / "ix", "--decimal", ",", "--json")
+    assert again["counts"]["unchanged"] == 3
+
+
 def test_a_column_that_is_empty_at_first_takes_any_type(ok, tmp_path):
     (tmp_path / "a.csv").write_text("id,text,x\na,one,\n")
     (tmp_path / "b.csv").write_text("id,text,x\nb,two,5\n")

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 
 from common.search import index
 from common.search.encoder import Encoder
-from conftest import make_sentences, write_lines
+from conftest import limited_file_size, make_sentences, write_lines
 from hub_server import HubServer
 
 GOOD = "id,text,label\n" + "".join(
@@ -570,6 +569,24 @@ def test_a_full_disk_is_said_without_flags_that_are_not_there(refused, tmp_path,
     )
 
 
+@pytest.mark.parametrize("largest", [2000, 20_000], ids=["rows", "manifest"])
+def test_the_same_command_makes_a_new_index_after_a_disk_that_was_full(largest, embed, ok, tmp_path):
+    """What was written before the first commit would be files of no index."""
+    texts, ix = write_lines(tmp_path / "t.txt", ["good", "bad"]), tmp_path / "ix"
+    flags = ("index", texts, "--index", ix, "--document-prompt", "x" * 30_000)  # which the manifest holds
+    with limited_file_size(largest):
+        code, _, stderr = embed(*flags)
+    assert code == 2 and "ulimit -f" in stderr and not list(ix.iterdir())
+    ok(*flags)
+    before = sorted(ix.iterdir())
+    with limited_file_size(largest):
+        code, _, stderr = embed("delete", "--index", ix, "--where", "_index_text = 'bad'")
+    assert code == 2 and not list(ix.glob("manifest.json.*"))
+    ok("verify", "--index", ix)
+    ok("delete", "--index", ix, "--where", "_index_text = 'bad'")  # which clears away what was left
+    assert len(list(ix.iterdir())) == len(before) + 1
+
+
 def test_a_folder_that_is_no_index_is_refused_before_anything_is_read(refused, monkeypatch):
     monkeypatch.setattr("common.search.encoder.load_encoder", None)
     refused("index", "HOME/nowhere.csv", "--index", "HOME", parts=("HOME", "holds other files"))
@@ -683,16 +700,11 @@ def test_queries_in_another_encoding(embed, home):
 def test_a_limit_of_file_size_names_the_file_and_a_picture_stays_whole(
     command, flag, name, embed, home, tmp_path
 ):
-    """What a full disk raises too names no file."""
     path = tmp_path / name
     if name == "map.png":
         path.write_text("the picture before")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
-    try:
+    with limited_file_size(200):
         code, _, stderr = embed(*command, "--index", home / "ix", flag, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2 and stderr.count("error:") == 1 and str(path) in stderr and "ulimit -f" in stderr
     if name == "map.png":
         assert path.read_text() == "the picture before"

@@ -138,12 +138,13 @@ def test_an_embedding_of_norm_zero_is_nan(tiny_embedder, monkeypatch):
     assert np.allclose(unit[0], [0.6, 0.8]) and np.isnan(unit[1:]).all()
 
 
-@given(st.lists(st.integers(1, 300), max_size=80), st.integers(1, 600))
-def test_batches_hold_each_text_once_within_their_tokens(lengths, most):
-    batches = token_batches(lengths, most)
+@given(st.lists(st.integers(1, 300), max_size=80), st.integers(1, 600), st.booleans())
+def test_batches_hold_each_text_once_within_their_tokens(lengths, most, is_padded):
+    batches = token_batches(lengths, most, is_padded=is_padded)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or max(lengths[row] for row in batch) * len(batch) <= most
+        assert is_padded or len({lengths[row] for row in batch}) == 1
 
 
 def fingerprint(folder):

@@ -12,6 +12,7 @@ from model2vec import StaticModel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import (
+    CNN,
     Dense,
     Normalize,
     Pooling,
@@ -20,6 +21,7 @@ from sentence_transformers.sentence_transformer.modules import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModel,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -27,6 +29,10 @@ from transformers import (
     CLIPTextConfig,
     CLIPTokenizerFast,
     CLIPVisionConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    T5Config,
+    T5EncoderModel,
 )
 
 from common.errors import UserError
@@ -126,6 +132,40 @@ def test_a_static_model_whose_files_do_not_fit_is_refused(damage, tmp_path):
         read_model(tmp_path)
 
 
+@pytest.mark.parametrize("is_in_a_router", [False, True])
+def test_what_reads_the_padding_gets_none(is_in_a_router, tiny_model, tmp_path):
+    """The library's CNN looks at the neighbours of each token, also behind the end of a text: there a
+    text's embedding depends on the longest of its batch.
+    """
+    torch.manual_seed(9)
+    transformer = Transformer(str(tiny_model), max_seq_length=64)
+    modules = [transformer, CNN(32, 8, kernel_sizes=[1, 5]), Pooling(16)]
+    if is_in_a_router:
+        static = StaticEmbedding(train_wordpiece([text for text, _ in make_sentences(60)]), embedding_dim=16)
+        modules = [Router.for_query_document([static], modules)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path))
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    one_by_one = theirs.encode_document(TEXTS, batch_size=1)
+    assert np.abs(theirs.encode_document(TEXTS) - one_by_one).max() > 0.01
+    encoder = load_encoder(EncoderConfig(str(tmp_path)), CPU)
+    assert np.abs(encoder.encode(TEXTS, role="document") - one_by_one).max() < 1e-5
+
+
+def test_an_encoder_that_nothing_limits_reads_texts_whole(tiny_model, tmp_path):
+    """T5 has no table of positions, and its tokenizer may name no number of tokens."""
+    words = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    pieces = str(tiny_model / "tokenizer.json")
+    PreTrainedTokenizerFast(tokenizer_file=pieces, **words).save_pretrained(tmp_path)
+    torch.manual_seed(8)
+    config = T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=20, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(tmp_path)
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    encoder = load_encoder(EncoderConfig(str(tmp_path)), CPU)
+    assert np.abs(encoder.encode(TEXTS) - theirs.encode(TEXTS)).max() < 1e-5 and not encoder.num_cut
+    short = load_encoder(EncoderConfig(str(tmp_path), max_length=9), CPU)
+    assert short.encode(TEXTS).shape == (len(TEXTS), 16) and short.num_cut
+
+
 @pytest.fixture(scope="module")
 def router(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "router"
@@ -165,7 +205,35 @@ def clip(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["router", "clip"])
+@pytest.fixture(scope="module")
+def router_head(tiny_model, tmp_path_factory):
+    """One transformer for all texts, and then a layer for queries and one for documents."""
+    folder = tmp_path_factory.mktemp("models") / "router_head"
+    torch.manual_seed(6)
+    head = Router({"query": [Dense(32, WIDTH)], "document": [Dense(32, WIDTH)]})
+    modules = [Transformer(str(tiny_model), max_seq_length=40), Pooling(32), head, Normalize()]
+    prompts = {"query": "what: ", "document": ""}
+    SentenceTransformer(modules=modules, device="cpu", prompts=prompts).save(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def router_of_robertas(tiny_model, tmp_path_factory):
+    """RoBERTa numbers positions from 2: of 50 it has 48 for tokens, and its tokenizer says 64."""
+    plain = tmp_path_factory.mktemp("models") / "roberta"
+    shutil.copytree(tiny_model, plain, ignore=shutil.ignore_patterns("model.safetensors", "config.json"))
+    small = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    positions = {"max_position_embeddings": 50, "pad_token_id": 1}
+    torch.manual_seed(7)
+    AutoModel.from_config(RobertaConfig(vocab_size=300, **small, **positions)).save_pretrained(plain)
+    query, document = ([Transformer(str(plain)), Pooling(16, mode)] for mode in ("cls", "mean"))
+    folder = plain.with_name("router_of_robertas")
+    modules = [Router.for_query_document(query, document)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["router", "router_head", "clip"])
 def test_models_of_several_parts_give_the_numbers_of_the_library(kind, request):
     folder = request.getfixturevalue(kind)
     theirs = SentenceTransformer(str(folder), device="cpu")
@@ -187,6 +255,44 @@ def test_a_shorter_length_reaches_the_parts(router):
     assert np.abs(encoder.encode(TEXTS, role="document") - expected).max() < 1e-5
     with pytest.raises(UserError, match="--max-length 41"):
         load_encoder(EncoderConfig(str(router), max_length=41), CPU)
+
+
+def test_a_search_goes_through_the_routes_of_queries_and_documents(router_head, tmp_path, ok):
+    texts = write_lines(tmp_path / "texts.txt", TEXTS[:20])
+    theirs = SentenceTransformer(str(router_head), device="cpu")
+    expected = theirs.encode_document(TEXTS[:20]) @ theirs.encode_query("good film")
+    ok("index", texts, "--index", tmp_path / "ix", "--model", router_head)
+    for source in ([texts, "--model", router_head, "--query"], ["--index", tmp_path / "ix"]):
+        hits = ok("search", *source, "good film", "--top-k", 20, "--json")["queries"][0]["hits"]
+        assert np.abs(np.sort(expected)[::-1] - [hit["score"] for hit in hits]).max() < 1e-5
+
+
+def test_a_router_without_a_route_for_documents_is_refused(router_head, tmp_path, embed, ok):
+    """As encode_document refuses it; what the message advises helps."""
+    folder = shutil.copytree(router_head, tmp_path / "model")
+    settings = next(folder.rglob("router_config.json"))
+    routes = settings.read_text()
+    assert routes.count('"document"') == 1
+    settings.write_text(routes.replace('"document"', '"passage"'))
+    texts = write_lines(tmp_path / "texts.txt", TEXTS[:9])
+    code, _, stderr = embed("index", texts, "--index", tmp_path / "ix", "--model", folder)
+    assert code == 2 and stderr.count("\n") == 1
+    assert "no route for 'document', only for query, passage; rename one" in stderr
+    settings.write_text(settings.read_text().replace('"passage"', '"document"'))
+    ok("index", texts, "--index", tmp_path / "ix", "--model", folder)
+
+
+def test_the_parts_of_a_router_read_no_more_tokens_than_they_have_positions(router_of_robertas):
+    """The library itself fails on a text of more."""
+    encoder = load_encoder(EncoderConfig(str(router_of_robertas)), CPU)
+    assert encoder.max_length == 48
+    theirs = SentenceTransformer(str(router_of_robertas), device="cpu")
+    for part in theirs[0].sub_modules.values():
+        part[0].max_seq_length = 48
+    for role, oracle in {"query": theirs.encode_query, "document": theirs.encode_document}.items():
+        assert np.abs(encoder.encode(TEXTS, role=role) - oracle(TEXTS)).max() < 1e-5
+    with pytest.raises(UserError, match="--max-length 49: .* at most 48 tokens"):
+        load_encoder(EncoderConfig(str(router_of_robertas), max_length=49), CPU)
 
 
 def test_a_router_is_known_by_each_of_its_parts(router, tmp_path):

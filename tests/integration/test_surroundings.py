@@ -2,6 +2,7 @@
 variables, a second job. Each works, or ends with one line and exit code 2.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -240,6 +241,27 @@ def test_a_place_that_can_not_be_written_is_told_before_the_libraries_are_loaded
     said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 2 and len(said) == 1 and str(closed) in said[0], (said, done.stdout)
     assert not any("| torch" in line for line in done.stderr.splitlines())
+
+
+@needs_permissions
+def test_an_index_that_can_not_be_written_is_searched_by_words_and_codes_all_the_same(
+    tiny_embedder, ok, tmp_path
+):
+    """As one that a class shares: what its owner has not made yet is made for the command alone."""
+    (tmp_path / "texts.txt").write_text("a good film\na bad story\nthe actors\n")
+    index = tmp_path / "index"
+    ok("index", tmp_path / "texts.txt", "--index", index)
+    before = sorted(index.iterdir())
+    index.chmod(0o555)
+    flags = ["--hybrid", "--approximate", "--device", "cpu", "--precision", "fp32", "--json"]
+    done = run_unprivileged("embed_search.py", "search", "--index", index, "story", *flags)
+    index.chmod(0o755)
+    assert done.returncode == 0, done
+    said = [f"{index}/{name}: built for this command alone" for name in ("cache-bm25", "cache-faiss")]
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 and all(line.startswith(start) for line, start in zip(lines, said)), done.stderr
+    assert sorted(index.iterdir()) == before
+    assert json.loads(done.stdout) == ok("search", "--index", index, "story", "--hybrid", "--json")
 
 
 @needs_permissions

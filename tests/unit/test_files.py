@@ -20,9 +20,11 @@ from common.files import (
     manifest_text,
     member,
     only_writer,
+    replace_file,
     replace_folder,
     write_manifest,
 )
+from conftest import limited_file_size
 
 
 def test_what_was_put_aside_stays_until_the_new_folder_stands_there(tmp_path):
@@ -37,6 +39,14 @@ def test_what_was_put_aside_stays_until_the_new_folder_stands_there(tmp_path):
     (tmp_path / "fresh").mkdir()
     replace_folder(tmp_path / "fresh", tmp_path / "step")
     assert [path.name for path in tmp_path.iterdir()] == ["step"]
+
+
+def test_a_file_that_can_not_be_replaced_stays_and_leaves_nothing(tmp_path):
+    path = tmp_path / "chat.json"
+    replace_file(path, "before")
+    with pytest.raises(OSError, match="File too large"), limited_file_size(100):
+        replace_file(path, "x" * 1000)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"chat.json": "before"}
 
 
 # One writer ---------------------------------------------------------------------------------------
