@@ -8,14 +8,11 @@ when they are read.
 from __future__ import annotations
 
 import codecs
-import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import itertools
-import json
-import re
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,19 +23,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from common import bundled, plain_files, reading, sources
-from common.columns import named_columns, possible_columns, require_column
-from common.errors import UserError, note
+from common.columns import ROW, named_columns, possible_columns, require_column
+from common.errors import Fault, UserError, note
 from common.search.segments import EXPORTED, OWN_NAMES, TEXT, number_array, text_array
 
 if TYPE_CHECKING:
     import datasets
 
-SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
-# also what Python's "surrogateescape" puts in place of a byte that is not UTF-8
-SURROGATE = re.compile("[\ud800-\udfff]")
 BATCH = 10_000  # rows checked, or written, at once
 MERGED_AT_LEAST = 65_536  # entries that a RowTable collects before it sorts them in
-NOT_UTF8 = "the row is not UTF-8"
 MARKDOWN = ".md"  # such a file is one text, as in a folder; a .txt file alone has one in each line
 USUAL_IDS = ("id", "_id")  # the second is that of BEIR and Mongo
 ANY_ID = "id or _id"  # stands for the first of them that is there
@@ -330,19 +323,14 @@ def _read_rows(source: TextSource, bad: BadRows) -> tuple[pa.Table, str | None, 
             return _gather(iter([row]), source.cache_dir), None, "text"
         if not reading.is_table(file, name, options):
             return _gather(_line_rows(file, name, bad), source.cache_dir), None, "line"
-        is_text = sources.suffix(name) != ".parquet"
-        if bad.skip and is_text and _first_fault(file, source):
-            return *_read_repaired(file, source, bad), "row"
-        try:
-            rows, text_column = _read_table(file, source)
-        except UserError:
-            fault = _first_fault(file, source) if is_text else None
-            if fault is None:
-                raise
-            raise UserError(f"{fault}, or skip the row with --skip-bad") from None
-        if not is_text:
+        faults: list[Fault] | None = [] if bad.skip else None
+        read = functools.partial(_read_table, file, source)
+        rows, text_column = reading.or_advise_to_skip(read, faults)
+        if faults is not None:
+            rows = _with_left_out(rows, faults, bad, source.cache_dir)
+        if sources.suffix(name) == ".parquet":
             rows = _without_exported_vectors(rows, file, name)
-            _check_parquet(rows, name, bad)
+        _check_utf8(rows, name, bad)
         return rows, text_column, "row"
 
 
@@ -367,15 +355,18 @@ def _options_of_stream(
     return options
 
 
-def _read_table(file: BinaryIO, source: TextSource) -> tuple[pa.Table, str]:
-    """Return the rows of a data file that is open and plain, and the name of the column TEXT there."""
+def _read_table(file: BinaryIO, source: TextSource, *, faults: list[Fault] | None) -> tuple[pa.Table, str]:
+    """Return the rows of a data file that is open and plain, and the name of the column TEXT there. With
+    a list `faults`, rows that can't be read are added to it, and the others have the column ROW.
+    """
     ids = USUAL_IDS if source.id_column == ANY_ID else (source.id_column or source.text_column,)
     columns = list(dict.fromkeys([*possible_columns(source.text_column), *ids]))
     # in JSON a text is one by its quotation marks
     codes = [] if source.is_json else [name for name in source.as_text if name not in columns]
     shown_name = plain_files.source_name(source.name)
+    as_text, options, cache_dir = [*columns, *codes], source.options, source.cache_dir
     rows = reading.read_table(
-        file, shown_name, as_text=[*columns, *codes], options=source.options, cache_dir=source.cache_dir
+        file, shown_name, as_text=as_text, options=options, cache_dir=cache_dir, faults=faults
     )
     table, text_column = _to_table(rows, source, shown_name)
     for place, name in enumerate(table.column_names):
@@ -443,7 +434,26 @@ def _without_exported_vectors(rows: pa.Table, file: BinaryIO, name: str) -> pa.T
     return rows.drop_columns(own)
 
 
-def _check_parquet(rows: pa.Table, name: str, bad: BadRows) -> None:
+def _with_left_out(rows: pa.Table, faults: Sequence[Fault], bad: BadRows, folder: str | None) -> pa.Table:
+    """Return the rows of a file, which have their numbers in the column ROW, without it, and with empty
+    rows in the places of those that could not be read, which are added to `bad`.
+    """
+    from common import tables
+
+    if ROW not in rows.column_names:
+        return rows
+    places, rows = rows[ROW].to_numpy() - 1, rows.drop_columns([ROW])
+    if not faults:
+        return rows
+    for fault in faults:
+        bad.add(fault.row - 1, fault.problem, error=fault.problem)
+    order = np.full(max(places[-1] + 1, *(fault.row for fault in faults)), -1)
+    order[places] = np.arange(len(places))
+    parts = (order[start : start + BATCH] for start in range(0, len(order), BATCH))
+    return tables.gather((rows.take(pa.array(part, mask=part < 0)) for part in parts), folder)
+
+
+def _check_utf8(rows: pa.Table, name: str, bad: BadRows) -> None:
     """Add the rows with bytes that are not UTF-8 to `bad`: Arrow doesn't check them."""
     for start in range(0, len(rows), BATCH):
         block = rows.slice(start, BATCH).combine_chunks()
@@ -452,7 +462,7 @@ def _check_parquet(rows: pa.Table, name: str, bad: BadRows) -> None:
         for row in range(len(block)):
             if not _is_valid(block.take(pa.array([row]))):
                 error = f"{name}, row {start + row + 1}: not UTF-8; correct the row"
-                bad.add(start + row, NOT_UTF8, error=error)
+                bad.add(start + row, "not UTF-8", error=error)
 
 
 def _is_valid(rows: pa.Table) -> bool:
@@ -461,69 +471,6 @@ def _is_valid(rows: pa.Table) -> bool:
     except pa.ArrowInvalid:
         return False
     return True
-
-
-def _first_fault(file: BinaryIO, source: TextSource) -> str | None:
-    """Return what is wrong with the encoding of the first line of a CSV or JSON file that has a
-    fault, None if no line has one.
-    """
-    shown_name = plain_files.source_name(source.name)
-    file.seek(0)
-    for number, line in enumerate(file, start=1):
-        fault = _fault(line, f"{shown_name}, line {number}", is_json=source.is_json)
-        if fault is not None:
-            return fault
-    return None
-
-
-def _fault(line: bytes, location: str, *, is_json: bool) -> str | None:
-    """Return what is wrong with the encoding of a line: bytes that are not UTF-8, or in JSON the
-    escape of a lone surrogate.
-    """
-    try:
-        plain_files.decode_utf8(line, location)
-    except UserError as error:
-        return str(error)
-    if is_json and SURROGATE_ESCAPE.search(line):
-        try:
-            json.dumps(json.loads(line), ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            return f"{location}: a lone surrogate (\\ud800 to \\udfff) is no character; correct it"
-        except ValueError:  # not JSON on this line: the reader will report it
-            return None
-    return None
-
-
-def _read_repaired(file: BinaryIO, source: TextSource, bad: BadRows) -> tuple[pa.Table, str]:
-    """Return as `_read_table` does a CSV or JSON file with faults of encoding, after adding the rows
-    that have one in any column to `bad`.
-    """
-    # takes the place of each fault and is then looked for in the rows: a row may span several lines
-    mark = f"\ufffd{secrets.token_hex(8)}"
-    is_json = source.is_json
-    file.seek(0)
-    with plain_files.temporary_file(source.cache_dir) as repaired:
-        for line in file:
-            if _fault(line, source.name, is_json=is_json):
-                line = _mark_faults(line, mark, is_json=is_json)
-            repaired.write(line)
-        repaired.flush()
-        rows, text_column = _read_table(repaired, source)
-    for start in range(0, len(rows), BATCH):
-        for row, values in enumerate(rows.slice(start, BATCH).to_pylist(), start=start):
-            if any(mark in str(value) for value in values.values()):
-                bad.add(row, NOT_UTF8, error=f"{source.name}: not UTF-8")
-    return rows, text_column
-
-
-def _mark_faults(line: bytes, mark: str, *, is_json: bool) -> bytes:
-    """Return a line as UTF-8, with `mark` in place of each fault."""
-    text = line.decode("utf-8", "surrogateescape")
-    if is_json:
-        # a line that is not JSON by itself can only have bad bytes
-        with contextlib.suppress(ValueError):
-            text = json.dumps(json.loads(text), ensure_ascii=False) + "\n"
-    return SURROGATE.sub(mark, text).encode()
 
 
 def _line_rows(file: BinaryIO, name: str, bad: BadRows) -> Iterator[dict[str, str | None]]:

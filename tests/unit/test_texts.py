@@ -124,6 +124,18 @@ BAD = {
         ("t.csv, line 3", "0xf6"),
         ["good", "fine"],
     ),
+    "a surplus cell in CSV": (
+        "t.csv",
+        b"text,n\ngood,1\nbad, worse,2\nfine,3\n",
+        ("t.csv, line 3", "3 cells", "2 columns"),
+        ["good", "fine"],
+    ),
+    "a broken line of JSON": (
+        "t.jsonl",
+        b'{"text": "good"}\n{"text": \n{"text": "fine"}\n',
+        ("t.jsonl, line 2", "not readable as json"),
+        ["good", "fine"],
+    ),
     "empty in CSV": ("t.csv", b'text,n\ngood,1\n"",2\n', ("t.csv, row 2", "empty"), ["good"]),
     "missing in CSV": ("t.csv", b"text,n\ngood,1\n,2\n", ("t.csv, row 2",), ["good"]),
 }
@@ -151,7 +163,7 @@ def test_skip_bad_passes_over_what_is_bad_and_nothing_else(tmp_path, cache_dir):
         ("a \ufffd\ufffd b", "x"),
         ("fine", "a\nb"),
     ]
-    assert found.bad == {1: "the row is not UTF-8", 2: "the row is not UTF-8"}
+    assert found.bad == {1: "not UTF-8", 2: "not UTF-8"}
     (tmp_path / "t.jsonl").write_bytes(
         b'{"text": "good", "more": {"a": ["\\udc00"]}}\n{"text": "\\ud800 \xf6", "more": null}\n{"text":'
         b' "fine", "more": null}\n'
