@@ -26,6 +26,7 @@ from common.columns import ROW, named_columns, possible_columns, require_column
 from common.errors import Fault, UserError, counted, listed, quoted
 from common.runtime import Runtime
 from common.sources import FileOptions, is_blank
+from common.training.duplicates import count_shared_texts
 from common.training.faults import (
     check_columns,
     clean,
@@ -220,8 +221,9 @@ def describe_splits(splits: Splits, config: DataConfig, notes: DataNotes) -> str
         about.append(f"{names} cut from train: 10 % each, stratified, with seed {config.seed}")
     for split, count in count_shared_texts(splits).items():
         if count:
-            says_little = "also in train: scores of such texts say little about new ones"
-            about.append(f"{counted(count, f'{split} text')} {says_little}")
+            also = "also in train (capitals, spaces and punctuation don't count)"
+            says_little = "scores of such texts say little about new ones"
+            about.append(f"{counted(count, f'{split} text')} {also}: {says_little}")
     lines = [
         f"data     {config.dataset}: {sizes} texts, {task.counted()}",
         f"task     {task.kind}: {DESCRIPTIONS[task.kind]}{how}",
@@ -739,19 +741,6 @@ def _one_of_each_stretch(rows: datasets.Dataset, size: int, *, seed: int) -> np.
 def _take(rows: datasets.Dataset, numbers: np.ndarray) -> Any:
     """Return the rows with these numbers, in the order of the source."""
     return rows.select(np.sort(numbers))
-
-
-def count_shared_texts(splits: Splits) -> dict[str, int]:
-    """Return, for each split but train, how many of its rows have a text that is in train too.
-
-    The scores of such rows say little about new texts.
-    """
-    train = set(texts_of(splits["train"]))
-    return {
-        split: sum(text in train for text in texts_of(rows))
-        for split, rows in splits.items()
-        if split != "train"
-    }
 
 
 def texts_of(rows: datasets.Dataset) -> list[str] | list[tuple[str, str]]:
