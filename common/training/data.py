@@ -32,9 +32,9 @@ from common.training.faults import (
     clean,
     has_labels,
     leave_out,
-    list_separator,
     near_equal_names,
     rare_flag,
+    read_otherwise,
     require_classes,
     text_problems,
     without_classes,
@@ -49,6 +49,7 @@ from common.training.labels import (
     are_few,
     cells_as_names,
     find_kind,
+    flags_of_decimal_commas,
     label_names,
     natural_order,
     read_labels,
@@ -202,6 +203,8 @@ def describe_splits(splits: Splits, config: DataConfig, notes: DataNotes) -> str
     for names in near_equal_names(task.names):
         alike = " and ".join(map(quoted, names))
         about.append(f"{alike} are different classes; if one is meant, add --clean-labels")
+    if config.labels.task == "auto" and task.kind == SINGLE and flags_of_decimal_commas(task.names):
+        about.append(f"the classes look like numbers; {read_otherwise(task.names)}")
     if notes.cleaned:
         read_as = [
             f"{quoted(old)} as {'none' if new is None else quoted(new)}" for old, new in notes.cleaned.items()
@@ -631,10 +634,10 @@ def _check_counts(rows: datasets.Dataset, missing: list[str]) -> None:
     )
     if near_equal_names(names):
         advice = f"make one class of several spellings with --clean-labels, {advice}"
-    if 2 * len(few) > len(rows):
+    if 2 * len(few) > len(rows) and not flags_of_decimal_commas(names):
         advice = f"if the labels are numbers, add --task regression (--decimal , for 1,5); else {advice}"
-    elif (separator := list_separator(names)) is not None:
-        advice = f"if they are lists of labels, add --label-separator '{separator}'; else {advice}"
+    elif otherwise := read_otherwise(names):
+        advice = f"{otherwise}; else {advice}"
     problem = f"{splits} split can't be cut with every class in each: class {listed(few)}"
     raise UserError(f"{problem}, and {least} are needed; {advice}")
 

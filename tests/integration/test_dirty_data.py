@@ -436,3 +436,11 @@ def test_decimal_commas_are_the_numbers_that_they_mean(run, tmp_path):
         assert runs[0][name] == runs[1][name]
     code, _, stderr = run(path, "--task", "regression", *SHORT)
     assert code == 2 and "add --decimal ," in stderr
+    numbers = "look like numbers"
+    flags = "if they are numbers, add --decimal ,; if they are lists of labels, add --label-separator ','"
+    code, stdout, _ = run(path, "--inspect")
+    assert code == 0 and f"the classes {numbers}; {flags}" in stdout
+    assert f"\n{numbers}: '-0,50', '-1,50', " in stdout.partition("WHAT ELSE")[2]
+    for flags in (["--task", "single"], ["--decimal", ","]):  # it is known what they are
+        code, stdout, _ = run(path, "--inspect", *flags)
+        assert code == 0 and "the classes look like numbers" not in stdout
