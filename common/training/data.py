@@ -23,7 +23,7 @@ import numpy as np
 
 from common import reading, sources
 from common.columns import ROW, named_columns, possible_columns, require_column
-from common.errors import Fault, UserError, counted, listed, quoted
+from common.errors import Fault, UserError, about_encoding, counted, listed, quoted
 from common.runtime import Runtime
 from common.sources import FileOptions, is_blank
 from common.training.duplicates import count_shared_texts
@@ -212,6 +212,7 @@ def describe_splits(splits: Splits, config: DataConfig, notes: DataNotes) -> str
         about.append(f"labels that are read otherwise: {listed(read_as)}")
     if notes.faults:
         about.append(f"{counted(len(notes.faults), 'row')} can't be used: left out")
+        about += filter(None, [about_encoding(notes.faults)])
     if notes.unlabelled is not None:
         about.append("the test split has no labels: it is predicted, and not scored")
     if notes.rare:
@@ -283,6 +284,8 @@ def load_rows_for_scoring(
     if faults is not None:
         splits, _ = clean(splits, texts, labels, faults, known)
         runtime.say(f"skipped  {counted(len(faults), 'row')} that can't be used")
+        if advice := about_encoding(faults):
+            runtime.say(f"         {advice}")
     splits = checked_splits(splits, texts, labels, trained=known)
     rare_rows: dict[int, str] = {}
     if rare:

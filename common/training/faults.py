@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from common.training.data import Splits, TextColumns
 
-NOT_UTF8 = "not UTF-8"
+TEXT_NOT_UTF8 = "the text is not UTF-8"  # in a Parquet file, which has no other encoding
 TYPICAL = 0.9  # share of the rows that tells what kind of labels a column has
 SURE_SEPARATORS = ";|"  # of labels in one cell: they are hardly ever part of a name
 SEPARATORS = SURE_SEPARATORS + ",/"
@@ -155,7 +155,7 @@ def _row_problem(cells: Sequence[bytes | None], texts: TextColumns) -> str:
     try:
         parts = [None if cell is None else cell.decode() for cell in cells]
     except UnicodeDecodeError:
-        return NOT_UTF8
+        return TEXT_NOT_UTF8
     if texts.text_mode == JOIN:
         parts = reading.join_cells([[part] for part in parts], texts.join_with)
     return next(filter(None, map(reading.text_problem, parts)), "")
