@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from common import cli
 from common.columns import KeptColumns
-from common.errors import Fault, Interrupted, UserError, counted, note
+from common.errors import Fault, Interrupted, UserError, about_encoding, counted, note
 from common.sources import FileOptions
 from common.training import predictions, study, training_flags
 from common.training.run import PAIR, RunLocation, check_task, finished_runs
@@ -774,6 +774,8 @@ def predict(args: argparse.Namespace, runtime: Runtime) -> None:
         faults=faults,
     ) as texts:
         bad = texts.check()
+        if faults and runtime.is_main and (advice := about_encoding(faults)):
+            note(advice)
         if args.output is not None:
             write_predictions(model, texts, bad, args, runtime)
             return

@@ -20,7 +20,7 @@ import pyarrow.csv
 from common import dialects
 from common.columns import ROW
 from common.dialects import Dialect, read_cells
-from common.errors import UserError, counted, note, one_line, shorten
+from common.errors import NOT_UTF8, UserError, counted, note, one_line, shorten
 from common.plain_files import DataFile
 from common.sources import EVERY_COLUMN, FASTTEXT_LABEL, suffix
 from common.tables import BLOCK_ROWS, arrow_map, gather, is_utf8, parse_lines
@@ -158,7 +158,7 @@ def read_sound_rows(data: DataFile, dialect: Dialect) -> Iterator[list[str]]:
             if len(row) != width:
                 data.note(number, f"not as many cells as columns ({len(row)} for {width})", content)
             elif not is_utf8(content):
-                data.note(number, "not UTF-8", content)
+                data.note(number, NOT_UTF8, content)
             else:
                 yield [*row, str(number)]
 

@@ -16,6 +16,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 LONG_NAME = 60  # characters of a name in a list
 LONG_MESSAGE = 300  # characters of what a library says
+NOT_UTF8 = "not UTF-8"  # how the problem of a row begins that another encoding of its file may solve
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 # What ends a process without being its fault, and what helps. Rust's and Arrow's messages hold the
 # number of the error: "(os error 28)", "[errno 28]".
@@ -88,6 +89,15 @@ class Fault:
     row: int  # from 1, the header of a table not counted
     problem: str  # the same words for every row with this problem
     content: str  # what is in the row, or in the cell
+
+
+def about_encoding(faults: Iterable[Fault]) -> str:
+    """Return how many rows are not UTF-8, and the flag that may read them; "" where there are none."""
+    count = sum(fault.problem.startswith(NOT_UTF8) for fault in faults)
+    if count == 0:
+        return ""
+    are = f"{counted(count, 'row')} {'is' if count == 1 else 'are'} {NOT_UTF8}"
+    return f"{are}: if the file has another encoding, name it, such as --encoding cp1252"
 
 
 class Interrupted(Exception):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from common import sources
-from common.errors import Fault, UserError, one_line
+from common.errors import NOT_UTF8, Fault, UserError, one_line
 from common.sources import FileOptions
 
 STREAM_BYTES, STREAM_LINES = 4 << 30, 10_000_000  # of a stream; a longer one may have no end
@@ -249,7 +249,7 @@ def decode_utf8(content: bytes, source: str) -> str:
     except UnicodeDecodeError as error:
         byte = f"{error.object[error.start]:#04x} at {error.start + 1}"
         raise UserError(
-            f"{source}: not UTF-8 (byte {byte}); convert it to UTF-8 first, or name its --encoding"
+            f"{source}: {NOT_UTF8} (byte {byte}); convert it to UTF-8 first, or name its --encoding"
         ) from error
 
 

@@ -682,7 +682,9 @@ def _note_unread(folder: Path, found: list[Path], *, what: str) -> None:
 
 
 def read_text(file: Path, encoding: str | None) -> str:
-    """Return the content of a text file. Raises UserError for one that can't be read or decoded."""
+    """Return the one text that a file of a folder holds, without the line breaks at its end, which most
+    editors write: as a cell of a CSV holds it. Raises UserError for one that can't be read or decoded.
+    """
     if sources.kind_of_path(file) != "file":
         raise UserError(f"{file}: this is no file; remove it")
     try:
@@ -691,8 +693,8 @@ def read_text(file: Path, encoding: str | None) -> str:
         raise _unreadable(str(file), error) from error
     if encoding is None:
         refuse_utf16(content, str(file))
-        return decode_utf8(content, str(file))
+        return decode_utf8(content, str(file)).rstrip("\r\n")
     try:
-        return content.decode(encoding).removeprefix("\ufeff")
+        return content.decode(encoding).removeprefix("\ufeff").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise not_encoded(str(file), encoding, error) from error

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.errors import UserError, one_line
+from common.errors import NOT_UTF8, UserError, one_line
 from common.plain_files import DataFile, temporary_file
 
 BLOCK_ROWS = 10_000
@@ -166,7 +166,7 @@ def parse_lines(data: DataFile, parse: Callable[[str], T]) -> Iterator[tuple[int
             row += 1
             try:
                 if not is_utf8(line):
-                    raise UserError("not UTF-8")
+                    raise UserError(NOT_UTF8)
                 yield row, parse(line)
             except UserError as error:
                 if data.faults is None:

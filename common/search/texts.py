@@ -319,7 +319,8 @@ def _read_rows(source: TextSource, bad: BadRows) -> tuple[pa.Table, str | None, 
             options = _options_of_stream(file, options, possible_columns(source.text_column))
             source = dataclasses.replace(source, options=options)
         if sources.suffix(name) == MARKDOWN and not options.is_table:
-            row = {TEXT: _decode(file.read(), name, 0, bad), "file": Path(name).name}
+            content = file.read().rstrip(b"\r\n")  # as in a folder
+            row = {TEXT: _decode(content, name, 0, bad), "file": Path(name).name}
             return _gather(iter([row]), source.cache_dir), None, "text"
         if not reading.is_table(file, name, options):
             return _gather(_line_rows(file, name, bad), source.cache_dir), None, "line"

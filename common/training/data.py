@@ -23,17 +23,18 @@ import numpy as np
 
 from common import reading, sources
 from common.columns import ROW, named_columns, possible_columns, require_column
-from common.errors import Fault, UserError, counted, listed, quoted
+from common.errors import Fault, UserError, about_encoding, counted, listed, quoted
 from common.runtime import Runtime
 from common.sources import FileOptions, is_blank
+from common.training.duplicates import count_shared_texts
 from common.training.faults import (
     check_columns,
     clean,
     has_labels,
     leave_out,
-    list_separator,
     near_equal_names,
     rare_flag,
+    read_otherwise,
     require_classes,
     text_problems,
     without_classes,
@@ -48,6 +49,7 @@ from common.training.labels import (
     are_few,
     cells_as_names,
     find_kind,
+    flags_of_decimal_commas,
     label_names,
     natural_order,
     read_labels,
@@ -201,6 +203,8 @@ def describe_splits(splits: Splits, config: DataConfig, notes: DataNotes) -> str
     for names in near_equal_names(task.names):
         alike = " and ".join(map(quoted, names))
         about.append(f"{alike} are different classes; if one is meant, add --clean-labels")
+    if config.labels.task == "auto" and task.kind == SINGLE and flags_of_decimal_commas(task.names):
+        about.append(f"the classes look like numbers; {read_otherwise(task.names)}")
     if notes.cleaned:
         read_as = [
             f"{quoted(old)} as {'none' if new is None else quoted(new)}" for old, new in notes.cleaned.items()
@@ -208,6 +212,7 @@ def describe_splits(splits: Splits, config: DataConfig, notes: DataNotes) -> str
         about.append(f"labels that are read otherwise: {listed(read_as)}")
     if notes.faults:
         about.append(f"{counted(len(notes.faults), 'row')} can't be used: left out")
+        about += filter(None, [about_encoding(notes.faults)])
     if notes.unlabelled is not None:
         about.append("the test split has no labels: it is predicted, and not scored")
     if notes.rare:
@@ -220,8 +225,9 @@ def describe_splits(splits: Splits, config: DataConfig, notes: DataNotes) -> str
         about.append(f"{names} cut from train: 10 % each, stratified, with seed {config.seed}")
     for split, count in count_shared_texts(splits).items():
         if count:
-            says_little = "also in train: scores of such texts say little about new ones"
-            about.append(f"{counted(count, f'{split} text')} {says_little}")
+            also = "also in train (capitals, spaces and punctuation don't count)"
+            says_little = "scores of such texts say little about new ones"
+            about.append(f"{counted(count, f'{split} text')} {also}: {says_little}")
     lines = [
         f"data     {config.dataset}: {sizes} texts, {task.counted()}",
         f"task     {task.kind}: {DESCRIPTIONS[task.kind]}{how}",
@@ -281,6 +287,8 @@ def load_rows_for_scoring(
     if faults is not None:
         splits, _ = clean(splits, texts, labels, faults, known)
         runtime.say(f"skipped  {counted(len(faults), 'row')} that can't be used")
+        if advice := about_encoding(faults):
+            runtime.say(f"         {advice}")
     splits = checked_splits(splits, texts, labels, trained=known)
     rare_rows: dict[int, str] = {}
     if rare:
@@ -632,10 +640,10 @@ def _check_counts(rows: datasets.Dataset, missing: list[str]) -> None:
     )
     if near_equal_names(names):
         advice = f"make one class of several spellings with --clean-labels, {advice}"
-    if 2 * len(few) > len(rows):
+    if 2 * len(few) > len(rows) and not flags_of_decimal_commas(names):
         advice = f"if the labels are numbers, add --task regression (--decimal , for 1,5); else {advice}"
-    elif (separator := list_separator(names)) is not None:
-        advice = f"if they are lists of labels, add --label-separator '{separator}'; else {advice}"
+    elif otherwise := read_otherwise(names):
+        advice = f"{otherwise}; else {advice}"
     problem = f"{splits} split can't be cut with every class in each: class {listed(few)}"
     raise UserError(f"{problem}, and {least} are needed; {advice}")
 
@@ -742,19 +750,6 @@ def _one_of_each_stretch(rows: datasets.Dataset, size: int, *, seed: int) -> np.
 def _take(rows: datasets.Dataset, numbers: np.ndarray) -> Any:
     """Return the rows with these numbers, in the order of the source."""
     return rows.select(np.sort(numbers))
-
-
-def count_shared_texts(splits: Splits) -> dict[str, int]:
-    """Return, for each split but train, how many of its rows have a text that is in train too.
-
-    The scores of such rows say little about new texts.
-    """
-    train = set(texts_of(splits["train"]))
-    return {
-        split: sum(text in train for text in texts_of(rows))
-        for split, rows in splits.items()
-        if split != "train"
-    }
 
 
 def texts_of(rows: datasets.Dataset) -> list[str] | list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from common.training.run import MULTI, SINGLE
 from common.training.task import Task
 
 if TYPE_CHECKING:
+    import datasets
     import scipy.sparse
 
     from common.training.data import Splits
@@ -35,6 +36,7 @@ MOST_COMPARED = 200_000  # texts: 100,000 of 120 words took a minute and 600 MB
 HASHES = 2**31 - 1  # different ones
 NEIGHBOURS = 20  # so many of the texts that share a pair are compared, which bounds the work
 SHINGLE_BLOCK = 2000  # texts whose pairs of words are in memory at the same time
+BEGINNING, FIRST_WORDS = 64, 3  # characters and words of a text that are looked at before all others
 # each Han character and each kana is a word: nothing parts the words of Chinese and Japanese
 WORD = r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+"
 
@@ -128,20 +130,55 @@ def _label(label: Any, task: Task) -> str:
 
 def alike(text: str) -> str:
     """Return what is left of a text when only its letters and digits count, and no capitals."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
+    plain = _plain(text)
     return " ".join(re.findall(r"\w+", plain)) or plain
+
+
+def _plain(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold()
 
 
 def similar_texts(splits: Splits) -> dict[str, list[Row]]:
     """Return all rows in groups whose texts are alike, by what is alike in them."""
     groups: dict[str, list[Row]] = {}
     for split, rows in splits.items():
-        pairs = rows["text_pair"][:] if "text_pair" in rows.column_names else [""] * len(rows)
-        numbers, texts, labels = (rows[name][:] for name in ("row", "text", "label"))
-        for number, text, pair, label in zip(numbers, texts, pairs, labels):
-            key = f"{alike(text)}\0{alike(pair)}" if pair else alike(text)
-            groups.setdefault(key, []).append(Row(split, number, text, label))
+        numbers, labels = rows["row"][:], rows["label"][:]
+        for number, (text, pair), label in zip(numbers, _texts(rows), labels):
+            groups.setdefault(_key(text, pair), []).append(Row(split, number, text, label))
     return groups
+
+
+def count_shared_texts(splits: Splits, seen: Sequence[str] = ("train",)) -> dict[str, int]:
+    """Return, for each split that is not `seen`, how many of its rows have a text that is alike to
+    one of a seen split: their scores say little about new texts.
+    """
+    scored = {
+        split: list(itertools.starmap(_key, _texts(rows)))
+        for split, rows in splits.items()
+        if split not in seen
+    }
+    keys = {key for keys_of_split in scored.values() for key in keys_of_split}
+    beginnings = {tuple(key.split(" ", FIRST_WORDS)[:FIRST_WORDS]) for key in keys}
+    found = set()
+    for split in seen:
+        for text, pair in _texts(splits[split]):
+            # nearly all texts of training are told apart by their first words, in a sixth of the time
+            words = re.findall(r"\w+", _plain(text[:BEGINNING]))
+            if len(words) <= FIRST_WORDS or tuple(words[:FIRST_WORDS]) in beginnings:
+                found.add(_key(text, pair))
+    shared = keys & found
+    return {split: sum(key in shared for key in keys_of_split) for split, keys_of_split in scored.items()}
+
+
+def _texts(rows: datasets.Dataset) -> Iterator[tuple[str, str]]:
+    """Yield the text of each row, and the second of a pair, else ""."""
+    pairs = rows["text_pair"][:] if "text_pair" in rows.column_names else itertools.repeat("")
+    return zip(rows["text"][:], pairs)
+
+
+def _key(text: str, pair: str) -> str:
+    """Return what is left of a text, or of both texts of a pair, as `alike` does."""
+    return f"{alike(text)}\0{alike(pair)}" if pair else alike(text)
 
 
 def word_pairs(texts: Sequence[str]) -> scipy.sparse.csr_array:

@@ -27,6 +27,7 @@ from common.training.labels import (
     LabelColumns,
     cells_as_names,
     find_kind,
+    flags_of_decimal_commas,
     is_flag,
     is_number,
     seen_name,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
     from common.training.data import Splits, TextColumns
 
-NOT_UTF8 = "not UTF-8"
+TEXT_NOT_UTF8 = "the text is not UTF-8"  # in a Parquet file, which has no other encoding
 TYPICAL = 0.9  # share of the rows that tells what kind of labels a column has
 SURE_SEPARATORS = ";|"  # of labels in one cell: they are hardly ever part of a name
 SEPARATORS = SURE_SEPARATORS + ",/"
@@ -154,7 +155,7 @@ def _row_problem(cells: Sequence[bytes | None], texts: TextColumns) -> str:
     try:
         parts = [None if cell is None else cell.decode() for cell in cells]
     except UnicodeDecodeError:
-        return NOT_UTF8
+        return TEXT_NOT_UTF8
     if texts.text_mode == JOIN:
         parts = reading.join_cells([[part] for part in parts], texts.join_with)
     return next(filter(None, map(reading.text_problem, parts)), "")
@@ -300,6 +301,17 @@ def list_separator(names: Sequence[str]) -> str | None:
     return None
 
 
+def read_otherwise(names: Sequence[str]) -> str:
+    """Return which flags read class names that look like numbers with a decimal comma, or like lists of
+    labels, as these; "" where none does.
+    """
+    flags = flags_of_decimal_commas(names)
+    advice = [f"if they are numbers, add {flags}"] if flags else []
+    if (separator := list_separator(names)) is not None:
+        advice.append(f"if they are lists of labels, add --label-separator '{separator}'")
+    return "; ".join(advice)
+
+
 def describe(splits: Splits) -> str:
     """Return what else to know of labelled splits: alike texts, contradictions, rare classes."""
     task = task_of_rows(splits["train"])
@@ -307,10 +319,12 @@ def describe(splits: Splits) -> str:
     for names in near_equal_names(task.names):
         both = " and ".join(map(quoted, names))
         lines.append(f"nearly the same name: {both}; if one is meant, add --clean-labels, or correct it")
-    if task.kind == SINGLE and (separator := list_separator(task.names)) is not None:
-        lists = [name for name in task.names if separator in name]
-        advice = f"if each part is a label, add --label-separator '{separator}'"
-        lines.append(f"look like lists: {listed(map(quoted, lists), most=SHOWN_GROUPS)}; {advice}")
+    if task.kind == SINGLE and (advice := read_otherwise(task.names)):
+        like, separator = "numbers", ","
+        if not flags_of_decimal_commas(task.names):
+            like, separator = "lists", list_separator(task.names) or ""
+        found = [name for name in task.names if separator in name]
+        lines.append(f"look like {like}: {listed(map(quoted, found), most=SHOWN_GROUPS)}; {advice}")
     if missing := [name for name in task.names if seen_name(name) in MISSING]:
         lines.append(f"may stand for a missing label: {listed(missing)}; --clean-labels takes it for one")
     lines += duplicate_lines(splits, task)

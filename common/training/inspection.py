@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common import models
-from common.errors import listed, shorten
+from common.errors import about_encoding, listed, shorten
 from common.terminal import say, table
 from common.training import faults
 from common.training.batching import Pick, pad_batch
@@ -65,6 +65,8 @@ def show_faults(notes: DataNotes) -> None:
         return
     say("\nROWS THAT CAN'T BE USED, counted without the header (--skip-bad leaves them out)")
     say(faults.fault_table(notes.faults) if notes.faults else "none")
+    if advice := about_encoding(notes.faults):
+        say(advice)
     if notes.uncut:
         say(f"\nROWS THAT CAN BE USED\n{split_table(notes.uncut)}")
         say("\nWHAT ELSE IS TO BE KNOWN")

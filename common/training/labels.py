@@ -211,6 +211,18 @@ def are_few(labels: Sequence[Any]) -> bool:
     return len(different) <= MOST_DECIMALS and 2 * len(different) <= len(labels)
 
 
+def flags_of_decimal_commas(labels: Collection[str]) -> str:
+    """Return the flags that read labels as numbers where they look like those of a European spreadsheet,
+    `1,5` beside `2`; "" where they don't.
+    """
+    with_comma = [label for label in labels if DECIMAL_COMMA.fullmatch(label.strip())]
+    whole = [label for label in labels if re.fullmatch(r"[+-]?\d+", label.strip())]
+    if not with_comma or len(with_comma) + len(whole) < len(labels):
+        return ""
+    are_found = _are_decimals([label.strip().replace(",", ".") for label in labels])
+    return "--decimal ," if are_found else "--task regression --decimal ,"
+
+
 def is_flag(value: str) -> bool:
     """Tell whether a label says yes or no: 1 or true, 0 or false."""
     return value.strip().lower() in FLAGS

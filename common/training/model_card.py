@@ -7,7 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from common.errors import counted, shorten
-from common.training.data import Splits, texts_of
+from common.training.data import Splits
+from common.training.duplicates import count_shared_texts
 from common.training.report import (
     MOST_CLASSES,
     SHOWN_CHARACTERS,
@@ -176,11 +177,10 @@ def _about_temperature(temperature: float) -> str:
 
 
 def _novelty(splits: Splits) -> str:
-    seen = {*texts_of(splits["train"]), *texts_of(splits["validation"])}
-    count = sum(text in seen for text in texts_of(splits["test"]))
+    count = count_shared_texts(splits, ("train", "validation"))["test"]
     if count == 0:
         return "which were used neither for training nor for choosing the weights"
     return (
-        f"of which {count:,} also occur in the training or the validation split, so that the scores"
-        " say little about new texts"
+        f"of which {count:,} also occur in the training or the validation split (capitals, spaces and"
+        " punctuation don't count), so that the scores say little about new texts"
     )

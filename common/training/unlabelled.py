@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from common import cli, plain_files, reading, sources
 from common.columns import ROW, KeptColumns, possible_columns, require_column, unused_name
-from common.errors import Fault, UserError
+from common.errors import NOT_UTF8, Fault, UserError
 from common.sources import FileOptions
-from common.training.faults import NOT_UTF8
+from common.training.faults import TEXT_NOT_UTF8
 from common.training.labels import ADVICE
 from common.training.run import JOIN, PAIR
 
@@ -147,7 +147,7 @@ class Texts:
 
     def _other_problem(self, text: str, cell: bytes) -> str:
         if "\ufffd" in text and not _is_utf8(cell):
-            return NOT_UTF8
+            return NOT_UTF8 if self.table is None else TEXT_NOT_UTF8
         is_no_pair = self.is_pair and self.table is None and split_pair(text) is None
         return NO_PAIR if is_no_pair else ""
 

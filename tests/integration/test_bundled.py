@@ -18,6 +18,7 @@ from common import bundled, reading
 from common.errors import UserError
 from common.files import HASHED_AHEAD, hash_ahead, sha256
 from common.training import data
+from common.training.duplicates import count_shared_texts
 
 
 def package(name: str) -> Path:
@@ -101,7 +102,8 @@ def test_bbc_news_are_split_80_10_10_by_seed(bbc_news):
         "validation": 213,
         "test": 213,
     }
-    assert data.count_shared_texts(splits) == {"validation": 0, "test": 0}
+    # two of the distinct texts differ in capitals or punctuation alone
+    assert count_shared_texts(splits) == {"validation": 0, "test": 1}
     whole = Counter(bbc_news["label"][:])
     for part in splits.values():
         assert all(

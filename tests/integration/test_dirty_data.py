@@ -78,6 +78,8 @@ def test_inspect_lists_every_kind_of_fault_with_its_rows(dirty, run):
         assert len(lines) == bool(rows), (problem, table)
         assert all(str(row) in line for line in lines for row in rows), (problem, table)
     assert "7 rows can't be used" in printed
+    encoding = "1 row is not UTF-8: if the file has another encoding, name it, such as --encoding cp1252"
+    assert encoding in table and encoding in printed.partition("ROWS THAT CAN'T")[0]
     rest = printed[printed.index("WHAT ELSE IS TO BE KNOWN") : printed.index("\nSPLITS")]
     assert "nearly the same name: 'POS' and 'pos'" in rest
     assert "train row 67 (pos), train row 68 (neg): a good film said twice" in rest
@@ -188,6 +190,8 @@ def test_skip_bad_trains_without_the_bad_rows_and_keeps_them(dirty, run, tmp_pat
         texts = {int(row["row"]): row["text"] for row in csv.DictReader(file)}
     lines = dirty.read_bytes().splitlines()
     assert texts and all(lines[row].decode().startswith(text) for row, text in texts.items())
+    code, printed, said = run(dirty, "--model", output / "best", "--evaluate-only", "--skip-bad")
+    assert code == 0 and "7 rows that can't be used\n         1 row is not UTF-8: " in printed, said
 
 
 def test_skip_bad_predicts_without_the_bad_rows(run, tmp_path):
@@ -214,7 +218,9 @@ def test_skip_bad_predicts_without_the_bad_rows(run, tmp_path):
 def test_skip_bad_predicts_lines(run, tmp_path):
     source, output = tmp_path / "new.txt", tmp_path / "answers.csv"
     source.write_bytes(b"good\n\nca\xe9\nbad\n")
-    assert run(source, "--predict", source, "--skip-bad", "--output", output)[0] == 0
+    code, _, said = run(source, "--predict", source, "--skip-bad", "--output", output)
+    assert code == 0 and "2 rows can't be used" in said
+    assert "1 row is not UTF-8: if the file has another encoding, name it, such as --encoding" in said
     with open(output) as file:
         assert [row["row"] for row in csv.DictReader(file)] == ["1", "4"]
 
@@ -456,3 +462,11 @@ def test_decimal_commas_are_the_numbers_that_they_mean(run, tmp_path):
         assert runs[0][name] == runs[1][name]
     code, _, stderr = run(path, "--task", "regression", *SHORT)
     assert code == 2 and "add --decimal ," in stderr
+    numbers = "look like numbers"
+    flags = "if they are numbers, add --decimal ,; if they are lists of labels, add --label-separator ','"
+    code, stdout, _ = run(path, "--inspect")
+    assert code == 0 and f"the classes {numbers}; {flags}" in stdout
+    assert f"\n{numbers}: '-0,50', '-1,50', " in stdout.partition("WHAT ELSE")[2]
+    for flags in (["--task", "single"], ["--decimal", ","]):  # it is known what they are
+        code, stdout, _ = run(path, "--inspect", *flags)
+        assert code == 0 and "the classes look like numbers" not in stdout

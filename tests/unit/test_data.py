@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.runtime import Runtime
 from common.training import classifier, data, faults, unlabelled
 from common.training.data import TextConfig
-from common.training.labels import LabelConfig, tidy_labels
+from common.training.labels import LabelConfig, flags_of_decimal_commas, tidy_labels
 from common.training.run import SINGLE
 from common.training.saved_settings import SavedSettings
 from common.training.task import Task, task_of_rows
@@ -172,6 +172,9 @@ def test_the_way_out_for_a_class_with_too_few_rows_is_that_of_its_labels(added, 
 
 def test_labels_that_may_be_numbers_are_said_to_be():
     rows = data.checked_splits(datasets.DatasetDict(train=make([f"{number},5" for number in range(30)])))
+    with pytest.raises(UserError, match="can't be cut .*if they are numbers, add --decimal ,"):
+        data.cut_missing_splits(rows, seed=0)
+    rows = data.checked_splits(datasets.DatasetDict(train=make([str(number) for number in range(30)])))
     with pytest.raises(UserError, match="can't be cut .*add --task regression"):
         data.cut_missing_splits(rows, seed=0)
 
@@ -382,18 +385,10 @@ def test_a_split_that_is_not_there_is_refused_with_those_that_are(wanted, messag
         data.choose_splits(datasets.DatasetDict(all=make(["a"]), test=make(["a"])), wanted)
 
 
-def test_texts_that_train_has_too_are_counted():
-    def texts(*values):
-        return datasets.Dataset.from_dict({"text": values})
-
-    splits = {"train": texts("a", "b", "b"), "validation": texts("b", "c", "b"), "test": texts("A", "c")}
-    assert data.count_shared_texts(splits) == {"validation": 2, "test": 0}
-
-
 def test_the_screen_says_which_splits_were_cut_and_how_many_texts_are_shared(tmp_path, cache_dir, capsys):
-    for name, count in (("train", 40), ("test", 10)):
+    for name, count, text in (("train", 40, "text"), ("test", 10, "  Text -")):
         (tmp_path / f"{name}.csv").write_text(
-            "text,label\n" + "".join(f"text {number},{number % 2}\n" for number in range(count))
+            "text,label\n" + "".join(f"{text} {number},{number % 2}\n" for number in range(count))
         )
     flags = [
         "--dataset",
@@ -409,7 +404,8 @@ def test_the_screen_says_which_splits_were_cut_and_how_many_texts_are_shared(tmp
     config = train_classifier.data_config(args)
     loaded = data.load_splits(config, Runtime(torch.device("cpu"), "fp32"))
     shown = capsys.readouterr().out
-    shared = len(set(loaded["train"]["text"]) & set(loaded["test"]["text"]))
+    numbers = [{text.split()[-1] for text in loaded[split]["text"]} for split in ("train", "test")]
+    shared = len(set.intersection(*numbers))
     assert shared > 0
     assert "36 train, 4 validation, 4 test texts, 2 classes" in shown
     assert "validation cut from train: 10 % each, stratified, with seed 3" in shown
@@ -640,6 +636,25 @@ def test_class_names_that_look_the_same(names, groups):
 )
 def test_class_names_that_look_like_lists(names, separator):
     assert faults.list_separator(names) == separator
+
+
+@pytest.mark.parametrize(
+    "names, flags",
+    [
+        (["1,0", "1,3"], "--decimal ,"),
+        (["1", "-2,5", " 3 "], "--decimal ,"),
+        (["1,0", "2,0"], "--task regression --decimal ,"),  # without the task, these would be classes
+        (["+1,5", "-0,5"], "--task regression --decimal ,"),
+        (["1,0", "good"], ""),
+        (["1", "2"], ""),
+        (["1.5", "2.5"], ""),
+        (["1,2,3", "4"], ""),
+    ],
+)
+def test_class_names_that_look_like_numbers_with_a_comma(names, flags):
+    assert flags_of_decimal_commas(names) == flags
+    numbers = f"if they are numbers, add {flags}"
+    assert (numbers in faults.read_otherwise(names)) == bool(flags)
 
 
 def test_class_names_that_look_the_same_are_said(tmp_path, cache_dir, capsys):

@@ -4,9 +4,19 @@ import itertools
 import random
 import re
 
+import datasets
 import pytest
 
-from common.training.duplicates import NEAR, NEIGHBOURS, SKETCH, WORD, nearly_alike
+from common.training.duplicates import (
+    BEGINNING,
+    NEAR,
+    NEIGHBOURS,
+    SKETCH,
+    WORD,
+    alike,
+    count_shared_texts,
+    nearly_alike,
+)
 from conftest import heavy
 
 
@@ -31,6 +41,60 @@ def variants(generator: random.Random, *, length: int, count: int, share: float)
             other[generator.randrange(length)] = generator.choice(vocabulary)
         texts.append(" ".join(other))
     return [" ".join(words), *texts]
+
+
+SAME = {  # how the texts of a group are alike -> these
+    "white space": ["one two  three four five", "one two three four five\n", " one\ttwo three four five"],
+    "capitals and punctuation": [
+        "Good; BETTER best of all",
+        "good better, best of all!",
+        "GOOD better best of all",
+    ],
+    "few words": ["C++", "c"],
+    "no words": ["?!", "?!"],
+    "marks before the words": ["- " * BEGINNING + "a late word or two", "a late word or two"],
+    "signs that are written in two ways": ["ﬁne cafe\u0301s of all kinds", "fine cafés of all kinds"],
+    "a word without an end": ["x" * BEGINNING + " one two three", "x" * BEGINNING + ": one two three"],
+}
+OTHERS = [
+    "one two three four six",
+    "one two three",
+    "?!?",
+    "good better best",
+    "- " * BEGINNING,
+    "x" * BEGINNING,
+]
+
+
+@pytest.mark.parametrize("texts", SAME.values(), ids=SAME)
+def test_texts_of_train_are_found_in_other_splits_where_they_are_written_otherwise(texts):
+    for train, test in itertools.permutations(texts, 2):
+        splits = {
+            "train": make([*OTHERS, train]),
+            "validation": make(["none of these at all"]),
+            "test": make(["a new text", test, test]),
+        }
+        assert count_shared_texts(splits) == {"validation": 0, "test": 2}
+        assert count_shared_texts({**splits, "validation": splits["train"]}, ("validation",))["test"] == 2
+
+
+def test_texts_are_shared_as_a_look_at_all_their_words_finds():
+    """And of pairs, both texts must be alike."""
+    generator = random.Random(0)
+    texts = [
+        " ".join(generator.choices(["a", "A", "b", "--", "ñ"], k=generator.randint(1, 6))) for _ in range(600)
+    ]
+    train, test = texts[:300], texts[300:]
+    expected = sum(alike(text) in set(map(alike, train)) for text in test)
+    assert count_shared_texts({"train": make(train), "test": make(test)}) == {"test": expected}
+    assert 50 < expected < 250
+    seconds = {"train": make(train, train), "test": make([*train, *train], [*train[:2], *["new"] * 598])}
+    assert count_shared_texts(seconds) == {"test": 2}
+
+
+def make(texts: list[str], seconds: list[str] | None = None) -> datasets.Dataset:
+    """Return rows with these texts, or with pairs."""
+    return datasets.Dataset.from_dict({"text": texts} | ({"text_pair": seconds} if seconds else {}))
 
 
 @pytest.mark.parametrize("seed", range(4))

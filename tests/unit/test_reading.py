@@ -137,6 +137,16 @@ def test_class_folders_give_their_names_as_labels_in_sorted_order(tmp_path):
     }
 
 
+@pytest.mark.parametrize("encoding", [None, "utf-16", "latin-1"])
+def test_line_breaks_at_the_end_of_a_file_are_no_part_of_its_text(tmp_path, encoding):
+    """So that a folder holds the texts that a CSV of them holds."""
+    for name, text in {"a": "café\n", "b": "\n one\r\n\r\ntwo \t\r\n\n", "c": "no end"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.txt").write_bytes(text.encode(encoding or "utf-8-sig"))
+    rows = reading.read(str(tmp_path), options=FileOptions(encoding=encoding))["train"]
+    assert rows["text"][:] == ["café", "\n one\r\n\r\ntwo \t", "no end"]
+
+
 def test_class_folders_under_split_folders(tmp_path):
     for split in ("train", "test"):
         make_class_folders(tmp_path / split, pos=[f"{split} good"], neg=[f"{split} bad"])

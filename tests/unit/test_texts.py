@@ -78,8 +78,10 @@ def test_lines_folders_standard_input_and_the_bundled_set(tmp_path, cache_dir, m
     found = rows_of(read(tmp_path / "files", cache_dir))
     assert [(row["file"], row["label"], row[TEXT]) for row in found] == [
         ("art/a.txt", "art", "paint"),
-        ("tech/b.txt", "tech", "bytes\n"),
+        ("tech/b.txt", "tech", "bytes"),
     ]
+    (tmp_path / "note.md").write_bytes(b"# Title\r\n\r\ntext \r\n\n")
+    assert [row[TEXT] for row in rows_of(read(tmp_path / "note.md", cache_dir))] == ["# Title\r\n\r\ntext "]
     news = read("bundled/bbc-news", cache_dir)
     assert len(news) == 2127 and rows_of(news)[0]["label"] == "business"
 
