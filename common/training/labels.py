@@ -150,13 +150,22 @@ def _tidy_name(name: str, config: LabelColumns, usual: dict[str, str]) -> str | 
     """Return a label as it is meant: a number with a decimal point, or a name in its usual spelling;
     None where it stands for a missing one.
     """
-    number = name.strip()
-    if config.decimal == "," and (DECIMAL_COMMA.fullmatch(number) or THOUSANDS.fullmatch(number)):
-        return number.replace(".", "").replace(",", ".")
+    if config.decimal == "," and (number := _with_decimal_point(name)) is not None:
+        return number
     if not config.clean_labels:
         return name
     seen = seen_name(name)
     return None if seen in MISSING else usual.get(seen, name.strip())
+
+
+def _with_decimal_point(label: str) -> str | None:
+    """Return a number with a decimal comma, or with points between thousands, as Python writes it; None
+    for another label.
+    """
+    number = label.strip()
+    if DECIMAL_COMMA.fullmatch(number) is None and THOUSANDS.fullmatch(number) is None:
+        return None
+    return number.replace(".", "").replace(",", ".")
 
 
 def _string_columns(rows: datasets.Dataset, config: LabelColumns) -> list[str]:
@@ -215,11 +224,12 @@ def flags_of_decimal_commas(labels: Collection[str]) -> str:
     """Return the flags that read labels as numbers where they look like those of a European spreadsheet,
     `1,5` beside `2`; "" where they don't.
     """
-    with_comma = [label for label in labels if DECIMAL_COMMA.fullmatch(label.strip())]
-    whole = [label for label in labels if re.fullmatch(r"[+-]?\d+", label.strip())]
-    if not with_comma or len(with_comma) + len(whole) < len(labels):
+    if not any(DECIMAL_COMMA.fullmatch(label.strip()) for label in labels):
         return ""
-    are_found = _are_decimals([label.strip().replace(",", ".") for label in labels])
+    numbers = [_with_decimal_point(label) or label.strip() for label in labels]
+    if not all(map(is_number, numbers)):
+        return ""
+    are_found = _are_decimals(numbers)
     return "--decimal ," if are_found else "--task regression --decimal ,"
 
 

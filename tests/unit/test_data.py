@@ -643,6 +643,7 @@ def test_class_names_that_look_like_lists(names, separator):
     [
         (["1,0", "1,3"], "--decimal ,"),
         (["1", "-2,5", " 3 "], "--decimal ,"),
+        (["1.154,91", "3,5", "1.154"], "--decimal ,"),
         (["1,0", "2,0"], "--task regression --decimal ,"),  # without the task, these would be classes
         (["+1,5", "-0,5"], "--task regression --decimal ,"),
         (["1,0", "good"], ""),
