@@ -316,7 +316,7 @@ def test_several_files_patterns_and_markdown(ok, embed, tmp_path, monkeypatch):
         "three",
         "four",
     ]
-    assert rows[3]["file"] == "notes.md" and rows[3][TEXT].endswith("one text\n")
+    assert rows[3]["file"] == "notes.md" and rows[3][TEXT].endswith(",\n\none text")
     assert [(row["n"], row["label"]) for row in rows[:3]] == [(1, None), (None, None), (None, "x")]
     (tmp_path / "part-2.txt").write_text("three\n \n")
     for flags, part in [
