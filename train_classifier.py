@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import math
 import shlex
 import sys
@@ -126,9 +127,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train; the fields are named as their flags."""
+    """How to train. The first five fields are settings of their own; the others are named as their flags."""
 
-    model: ModelConfig
+    model_config: ModelConfig
     batches: BatchConfig
     tokens: TokenConfig
     task: Task
@@ -168,8 +169,8 @@ Config = TypeVar(
 
 
 def config_from_flags(config_class: type[Config], args: argparse.Namespace, **given: object) -> Config:
-    """Return a config whose fields are those `given`, and else the flags of the same names; where one
-    leaves it open (None), the default of the config.
+    """Build a config: each field comes from `given` if it is there, else from the flag of the same name.
+    Where that flag is None and the field has a default, the default is kept.
     """
     values = dict(given)
     for field in dataclasses.fields(config_class):
@@ -204,11 +205,11 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     model: PreTrainedModel
     config: TrainConfig
-    notes: DataNotes  # what else is known of the data
+    notes: DataNotes  # what reading the data found: bad rows, unlabelled rows, splits that were cut
 
 
 def load(args: argparse.Namespace, runtime: Runtime, notes: DataNotes) -> Loaded:
-    """Read the data, load tokenizer and model, and tokenise the data; `notes` gets what else it holds."""
+    """Read the data, load tokenizer and model, and tokenise the data; `notes` is filled by the reading."""
     splits = data.load_splits(data_config(args), runtime, notes)
     # what is asked: one class of several, several labels, or numbers; and the names of the answers
     task = task_of_rows(splits["train"])
@@ -235,7 +236,13 @@ def load(args: argparse.Namespace, runtime: Runtime, notes: DataNotes) -> Loaded
         runtime.say(f"         {marks}")
     scoring = Scoring(args.positive_class, 0.5 if args.threshold is None else args.threshold)
     config = config_from_flags(
-        TrainConfig, args, model=model_config, batches=batches, tokens=tokens, task=task, scoring=scoring
+        TrainConfig,
+        args,
+        model_config=model_config,
+        batches=batches,
+        tokens=tokens,
+        task=task,
+        scoring=scoring,
     )
     if config.max_steps is not None:  # as many epochs as they take, of which the last may be a part
         epochs = math.ceil(config.max_steps / steps_in_epoch(tokenized["train"], config, runtime))
@@ -254,21 +261,23 @@ def prepare(
     runtime: Runtime,
 ) -> TrainingState:
     """Return everything that an optimizer step needs and changes, for epochs of `rows`."""
-    model = adapt(model, config.model, runtime)  # frozen layers, LoRA, ...
+    # attention, dropout and last layer made faster; if asked for, frozen layers and LoRA
+    model = adapt(model, config.model_config, runtime)
     # pyrefly: ignore [bad-argument-type]  (transformers wraps to() so that its types are lost)
     model = model.to(runtime.device)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if config.model.freeze_layers or config.model.lora_rank:
+    if config.model_config.freeze_layers or config.model_config.lora_rank:
         runtime.say(f"learns   {sum(parameter.numel() for parameter in trainable):,} parameters")
 
     class_weights = None
     if config.class_weights == "balanced":
         class_weights = balanced_weights(config.task, config.task.targets(rows["label"][:]))  # (C)
 
-    micro_batch = config.batches.batch_size
+    # a step reads its texts in micro-batches of at most this many chunks, whose gradients add up
+    micro_batch_size = config.batches.batch_size
     if config.auto_batch_size:
         max_length = config.tokens.max_length
-        micro_batch = batching.largest_micro_batch(
+        micro_batch_size = batching.largest_micro_batch(
             model, rows, tokenizer, config.batches, max_length=max_length, runtime=runtime
         )
 
@@ -279,7 +288,7 @@ def prepare(
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
 
     wrapped = model if runtime.world_size == 1 else distribute(model, rows, tokenizer, runtime)
-    if config.model.compile:
+    if config.model_config.compile:
         # dynamic: compiled once for texts of all lengths
         wrapped = cast(torch.nn.Module, torch.compile(wrapped, dynamic=True))
 
@@ -294,7 +303,7 @@ def prepare(
         scaler=scaler,
         meter=tracking.LossMeter(runtime, scaler),
         class_weights=class_weights,
-        micro_batch=micro_batch,
+        micro_batch_size=micro_batch_size,
         num_steps=num_steps,
     )
 
@@ -314,7 +323,7 @@ def make_scheduler(
     optimizer: torch.optim.Optimizer, num_steps: int, config: TrainConfig
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """Return the schedule of the learning rate, which rises from 0, then falls to 0 or stays."""
-    import transformers  # seconds, which --predict needs not wait
+    import transformers  # this takes seconds, which --predict saves
 
     num_warmup_steps = round(config.warmup_ratio * num_steps)
     if config.schedule == "constant":
@@ -340,8 +349,10 @@ def distribute(
         find_unused_parameters=batching.has_unused_parameters(model, batch, runtime),
         forward_sync_buffers=False,  # they are constant in encoders
     )
-    # after its first backward pass DDP changes the order in which it adds up gradients, and with
-    # more than two processes the last digits: it is done here, so that a resumed run is bit-identical
+    # after its first backward pass, DDP regroups the gradients. With more than two processes this
+    # changes the order of the sums, and so the last digits. That pass is run here, so that a new run
+    # and a resumed one add up in the same order; without dropout, which would draw random numbers
+    model.eval()
     batching.backward_once(wrapped, batch, runtime)
     model.zero_grad()
     return wrapped
@@ -352,15 +363,15 @@ def distribute(
 
 @dataclass(frozen=True)
 class Run:
-    """What accompanies the training: its log, its checkpoints, what stops it, how long it takes, and
-    what the model remembers of its data.
+    """The parts of a run that are not the model: log, checkpoints, stop signals, forecast of its time,
+    and facts about the data that are saved with the model.
     """
 
     log: tracking.Log
     checkpoints: Checkpoints
     signals: StopSignals
     forecast: tracking.Forecast
-    data: RememberedData
+    remembered: RememberedData
 
 
 def make_forecast(
@@ -385,33 +396,33 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
     """
     rows, patience = tokenized["train"], config.early_stopping_patience
     while state.epoch <= config.epochs and not state.is_out_of_patience(patience):
-        # the optimizer steps of the epoch, each a list of micro-batches
-        steps = batching.plan_epoch(
-            rows, config.batches, epoch=state.epoch, micro_batch=state.micro_batch, runtime=runtime
+        # for each optimizer step of the epoch, its micro-batches: which chunks of which texts each has
+        plan = batching.plan_epoch(
+            rows, config.batches, epoch=state.epoch, micro_batch_size=state.micro_batch_size, runtime=runtime
         )
-        state.steps_per_epoch = len(steps)
-        # a resumed epoch skips those that are done, and --max-steps may end within one
-        steps = steps[state.step_of_epoch :][: state.steps_left()]
+        state.steps_per_epoch = len(plan)
+        # a resumed epoch skips the steps that are done, and --max-steps may end within one
+        plan = plan[state.step_of_epoch :][: state.steps_left()]
         loader = batching.make_loader(
             rows,
-            [picks for step in steps for picks in step],
+            [picks for step in plan for picks in step],
             state.tokenizer,
             num_workers=config.batches.num_workers,
             pin_memory=runtime.device.type == "cuda",
         )
-        label = f"epoch {state.epoch}/{config.epochs}"
+        title = f"epoch {state.epoch}/{config.epochs}"
         with (
-            tracking.progress(steps, label=label, unit="step", shown=runtime.is_main) as bar,
+            tracking.progress(plan, label=title, unit="step", shown=runtime.is_main) as bar,
             explain_out_of_memory(config.memory_advice()),
         ):
             state.meter.start_epoch(is_resumed=state.step_of_epoch > 0)
-            # an evaluation that a signal interrupted, and with it the run, is done again
+            # a run that was stopped during an evaluation begins with that evaluation
             if state.is_due(config.eval_every) and not state.is_evaluated():
-                validate(state, tokenized["validation"], run, config, runtime)
+                validate_or_save(state, tokenized["validation"], run, config, runtime)
 
             batches = iter(loader)
             for step in bar:
-                micro_batches = [next(batches) for _ in step]
+                micro_batches = list(itertools.islice(batches, len(step)))
                 num_tokens = batching.count_tokens(micro_batches)
                 grad_norm = train_step(state, micro_batches, config, runtime)
 
@@ -422,8 +433,9 @@ def train(state: TrainingState, tokenized: Splits, run: Run, config: TrainConfig
                     bar.set_postfix_str(log_step(state, run, grad_norm))
 
                 if state.is_due(config.eval_every):
-                    validate(state, tokenized["validation"], run, config, runtime)
+                    validate_or_save(state, tokenized["validation"], run, config, runtime)
 
+                # a signal: save, then leave by an exception. The time is up: save, then return
                 stop = run.signals.requested()
                 if stop or state.is_due(config.save_every):
                     with state.meter.paused():
@@ -506,26 +518,12 @@ def log_step(state: TrainingState, run: Run, grad_norm: torch.Tensor) -> str:
 def validate(
     state: TrainingState, rows: datasets.Dataset, run: Run, config: TrainConfig, runtime: Runtime
 ) -> None:
-    """Do `score_and_keep` while the clock of the training stands. Where a signal ends it, the state
-    before it is saved, so that a resumed run begins with this evaluation.
-    """
-    with state.meter.paused():
-        try:
-            score_and_keep(state, rows, run, config, runtime)
-        except Interrupted:
-            run.checkpoints.save(state, run.log)
-            raise
-
-
-def score_and_keep(
-    state: TrainingState, rows: datasets.Dataset, run: Run, config: TrainConfig, runtime: Runtime
-) -> None:
     """Score the model on the validation split, and keep it in best/ if it is the best so far."""
     train_scores = state.meter.so_far()
-    learned = TextClassifier(
+    model = TextClassifier(
         state.model, state.tokenizer, config.tokens, config.eval_batch_size, config.scoring
     )
-    scores, logits = evaluate(learned, rows, runtime, signals=run.signals)
+    scores, logits = evaluate(model, rows, runtime, signals=run.signals)
     run.forecast.add_validation()
     # the losses of the last steps were finite, but these steps can have ruined the weights
     if not math.isfinite(scores["loss"]):
@@ -543,10 +541,24 @@ def score_and_keep(
         state.best, line = entry, f"{line}, the best so far"
         if runtime.is_main:
             plain, folder = merge_adapters(state.model), run.log.folder / "best"
-            trained = saved_settings.settings_to_save(run.log.settings, run.data, thresholds)
+            trained = saved_settings.settings_to_save(run.log.settings, run.remembered, thresholds)
             max_length = config.tokens.eval_max_length
             saved_model.save(plain, state.tokenizer, folder, max_length=max_length, settings=trained)
     runtime.say(line)
+
+
+def validate_or_save(
+    state: TrainingState, rows: datasets.Dataset, run: Run, config: TrainConfig, runtime: Runtime
+) -> None:
+    """Validate while the clock of the training stands. If a signal interrupts it, save the state before
+    it, so that a resumed run begins with this evaluation.
+    """
+    with state.meter.paused():
+        try:
+            validate(state, rows, run, config, runtime)
+        except Interrupted:
+            run.checkpoints.save(state, run.log)
+            raise
 
 
 def show_unfinished(
@@ -558,7 +570,7 @@ def show_unfinished(
     """
     if not state.is_evaluated():
         with state.meter.paused():
-            score_and_keep(state, rows, run, config, runtime)
+            validate(state, rows, run, config, runtime)
     runtime.say(f"\nthe time is up after step {state.step}: {run.signals.advice}")
 
 
@@ -577,7 +589,7 @@ def test(loaded: Loaded, state: TrainingState, run: Run, runtime: Runtime) -> No
         history=state.history,
         best=state.best,
         scores=scores,
-        baseline=baseline.score_answer(run.data.baseline, rows),
+        baseline=baseline.score_answer(run.remembered.baseline, rows),
         predictions=report.Predictions(rows, logits, thresholds, positive_class),
         temperature=best.temperature,
         num_texts={split: len(loaded.tokenized[split]) for split in loaded.tokenized},
@@ -653,43 +665,55 @@ def fit_in(location: RunLocation, args: argparse.Namespace, clock: tracking.Cloc
     loaded = load(args, runtime, DataNotes())
     classifier.require_match(loaded.model, loaded.tokenizer, name=args.model, other=args.tokenizer)
 
-    # a run can only be resumed from checkpoints with its identity: the flags, with the defaults
-    # that were chosen, the model and the data
-    chosen = {**dataclasses.asdict(loaded.config.tokens), "task": loaded.config.task.kind}
-    given = data_config(args)
-    chosen |= {"text_column": given.texts.text_column, "label_column": given.labels.label_column}
-    settings = {**settings_of(args), **chosen, **commits_of(args)}
-    identity = checkpoint.identity(settings, loaded.model, loaded.tokenized, runtime)
+    settings, identity = run_identity(args, loaded, runtime)
     checkpoints = Checkpoints(location, identity, keep=args.keep, keep_after=args.keep_after, runtime=runtime)
     start = checkpoints.choose()  # None: from the beginning
 
     rows = loaded.tokenized["train"]
     state = prepare(loaded.model, loaded.tokenizer, rows, loaded.config, runtime)
     with explain_out_of_memory(loaded.config.memory_advice()):
-        runtime.say(batching.memory_line(state.model, rows, state.tokenizer, state.micro_batch, runtime))
+        runtime.say(batching.memory_line(state.model, rows, state.tokenizer, state.micro_batch_size, runtime))
     if start is not None:
         checkpoints.restore(start, state)
     log = checkpoints.open_log(settings, state.model, start)
-    left_out = [*loaded.notes.faults, *loaded.notes.rare_rows]
+    notes = loaded.notes
+    left_out = [*notes.faults, *notes.rare_rows]
     if (args.skip_bad or left_out) and runtime.is_main:
         predictions.write_bad_rows(log.folder / "bad-rows.jsonl", left_out)
-    folder = location.folder
-    resume = f"--resume {shlex.quote(str(folder))}"  # to be pasted
-    advice = f"continue with {resume}"
-    if args.keep == 0:
-        advice = f"nothing is saved (--keep 0): {resume} starts from the beginning"
-    time_left = None if args.max_minutes is None else 60 * args.max_minutes - clock.seconds()
-    signals = StopSignals(runtime, advice, seconds=time_left, saves=args.keep > 0)
+    signals = make_signals(args, location.folder, clock, runtime)
     forecast = make_forecast(loaded.tokenized, loaded.config, clock, runtime)
-    notes, answer = loaded.notes, baseline.commonest_answer(rows)
-    of_data = RememberedData(answer, notes.cut, notes.test_sha256, notes.rare)
-    run = Run(log, checkpoints, signals, forecast, of_data)
+    answer = baseline.commonest_answer(rows)
+    remembered = RememberedData(answer, notes.cut, notes.test_sha256, notes.rare)
+    run = Run(log, checkpoints, signals, forecast, remembered)
     with contextlib.closing(log), signals:
         if train(state, loaded.tokenized, run, loaded.config, runtime):
             test(loaded, state, run, runtime)
         else:
             show_unfinished(state, loaded.tokenized["validation"], run, loaded.config, runtime)
     runtime.say(f"time     {tracking.duration(clock.seconds())} in all")
+
+
+def run_identity(args: argparse.Namespace, loaded: Loaded, runtime: Runtime) -> tuple[dict, dict]:
+    """Return the settings of a run, and its identity: a run is only resumed from checkpoints that have
+    the same settings (with the defaults that were chosen), model and data.
+    """
+    chosen = {**dataclasses.asdict(loaded.config.tokens), "task": loaded.config.task.kind}
+    given = data_config(args)
+    chosen |= {"text_column": given.texts.text_column, "label_column": given.labels.label_column}
+    settings = {**settings_of(args), **chosen, **commits_of(args)}
+    return settings, checkpoint.identity(settings, loaded.model, loaded.tokenized, runtime)
+
+
+def make_signals(
+    args: argparse.Namespace, folder: Path, clock: tracking.Clock, runtime: Runtime
+) -> StopSignals:
+    """Return what stops a run before its end, a signal or --max-minutes, with advice how to go on."""
+    resume = f"--resume {shlex.quote(str(folder))}"  # to be pasted
+    advice = f"continue with {resume}"
+    if args.keep == 0:
+        advice = f"nothing is saved (--keep 0): {resume} starts from the beginning"
+    time_left = None if args.max_minutes is None else 60 * args.max_minutes - clock.seconds()
+    return StopSignals(runtime, advice, seconds=time_left, saves=args.keep > 0)
 
 
 # A saved model ------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def config_of(*flags: object, task: Task = TWO_CLASSES) -> TrainConfig:
     return config_from_flags(
         TrainConfig,
         args,
-        model=model,
+        model_config=model,
         batches=batches,
         tokens=TokenConfig(20, 20, "head"),
         task=task,

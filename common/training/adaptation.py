@@ -96,7 +96,7 @@ def recompute_activations(model: PreTrainedModel) -> None:
 def add_adapters(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     """Return the model with low-rank adapters (LoRA, Hu et al. 2021) at its linear layers.
 
-    Only the adapters and the head, which has none, learn. The head is everything beside the
+    Only the adapters and the head, which has none, learn. The head is everything except the
     pretrained model: it is new and has one linear layer or, as in DistilBERT and ModernBERT,
     several. peft is not told about it, because it finds modules by the ends of their names and
     would take DistilBERT's `pre_classifier` for its `classifier` too. Raises UserError for a rank
@@ -163,5 +163,5 @@ def dropout_options(
 
 
 def head_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """Return the modules of a model beside its pretrained encoder or decoder."""
+    """Return the modules of a model that are not in its pretrained encoder or decoder."""
     return [module for name, module in model.named_children() if name != model.base_model_prefix]

@@ -38,16 +38,18 @@ MAX_POOL_BATCHES, MIN_POOLS = 50, 4
 # peak memory in terms of the activations' size, as the heap does not return all that is freed
 # (`keep_large_blocks`); with the bundled model and texts 1.57 were measured
 CPU_OVERHEAD = 1.5
+# columns of the data, and of a padded batch, that a model does not take
 NOT_MODEL_INPUTS = ("text", "text_pair", "label", "row", "chunk_lengths", "num_tokens", "num_read")
+NOT_FORWARDED = ("labels", "row", "text_of_chunk")
 
 
 @dataclass(frozen=True)
 class BatchConfig:
     """How the texts of an epoch are grouped; the fields are named as their flags."""
 
-    batch_size: int  # texts per process in a part of a step
-    grad_accum: int  # parts of an optimizer step
-    max_chunks: int  # of a text; with several, a part is cut into micro-batches of `batch_size` chunks
+    batch_size: int  # texts per process and forward pass, if each of them has one chunk
+    grad_accum: int  # an optimizer step reads batch_size * grad_accum texts per process
+    max_chunks: int  # drawn from a text in an epoch; if they are several, a step has more micro-batches
     batching: str
     seed: int
     num_workers: int
@@ -69,11 +71,11 @@ class Pick(NamedTuple):
 
 
 def plan_epoch(
-    rows: datasets.Dataset, config: BatchConfig, *, epoch: int, micro_batch: int, runtime: Runtime
+    rows: datasets.Dataset, config: BatchConfig, *, epoch: int, micro_batch_size: int, runtime: Runtime
 ) -> list[list[list[Pick]]]:
     """Return the optimizer steps of an epoch for this process: lists of micro-batches of picks.
 
-    A micro-batch has at most `micro_batch` chunks. Which texts a step sees depends on the seed, the
+    A micro-batch has at most `micro_batch_size` chunks. Which texts a step sees depends on the seed, the
     epoch and `config.texts_per_step` only: it makes no difference whether a step is large because
     of its batch size, of accumulation or of the number of processes.
     """
@@ -85,7 +87,7 @@ def plan_epoch(
     for rows_of_step in step_order(longest, config, epoch=epoch, world_size=runtime.world_size):
         picks = [Pick(row, chunks_of_row[row]) for row in rows_of_step.tolist()]
         share = share_of_rank(picks, runtime.rank, runtime.world_size)
-        steps.append(split_picks(share, micro_batch))
+        steps.append(split_picks(share, micro_batch_size))
     return steps
 
 
@@ -288,7 +290,7 @@ def model_inputs(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     return {
         name: tensor.to(device, non_blocking=True)
         for name, tensor in batch.items()
-        if name not in ("labels", "row", "text_of_chunk")
+        if name not in NOT_FORWARDED
     }
 
 
@@ -384,7 +386,7 @@ def activation_bytes(
     model: torch.nn.Module, rows: Rows, tokenizer: AnyTokenizer, size: int, runtime: Runtime
 ) -> int:
     """Return the bytes that a forward pass of `size` of the longest chunks keeps for its backward
-    pass, beside the weights: what one and two of them keep, extrapolated.
+    pass, in addition to the weights: what one and two of them keep, extrapolated.
 
     The passes have dropout, and leave the random state as it was.
     """
@@ -421,18 +423,18 @@ def _kept_bytes(model: torch.nn.Module, batch: Batch, runtime: Runtime) -> int:
 
 
 def memory_line(
-    model: torch.nn.Module, rows: Rows, tokenizer: AnyTokenizer, micro_batch: int, runtime: Runtime
+    model: torch.nn.Module, rows: Rows, tokenizer: AnyTokenizer, micro_batch_size: int, runtime: Runtime
 ) -> str:
     """Return one line on the memory that training will take, and what for."""
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    activations = activation_bytes(model, rows, tokenizer, micro_batch, runtime)
+    activations = activation_bytes(model, rows, tokenizer, micro_batch_size, runtime)
     if runtime.device.type == "cpu":
         activations = round(CPU_OVERHEAD * activations)
     parts = {
         "now": used_memory_bytes(runtime.device),
         "gradients": trained if runtime.world_size == 1 else 2 * trained,  # DDP's buckets
         "AdamW": 2 * trained,
-        f"activations of {micro_batch} chunks": activations,
+        f"activations of {micro_batch_size} chunks": activations,
     }
     listed = ", ".join(f"{file_size(num_bytes)} {name}" for name, num_bytes in parts.items())
     return f"memory   about {file_size(sum(parts.values()))}: {listed}"

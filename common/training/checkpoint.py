@@ -74,7 +74,7 @@ RESTART_SECONDS = 60.0  # that a job restarted by torchrun waits for the process
 ADAM_SLOTS = ("step", "exp_avg", "exp_avg_sq")  # the number of steps, and two averages
 TIME_IS_UP = signal.SIGALRM  # the signal of --max-minutes
 FINGERPRINTS = ("the data", "the model")
-POSITION = ("micro_batch", "epoch", "step_of_epoch", "step", "history", "best")
+POSITION = ("micro_batch_size", "epoch", "step_of_epoch", "step", "history", "best")
 
 
 @dataclass
@@ -90,7 +90,7 @@ class TrainingState:
     meter: LossMeter
     num_steps: int  # optimizer steps of the run
     class_weights: torch.Tensor | None = None  # (C), on the CPU
-    micro_batch: int = 0  # the most chunks of a backward pass
+    micro_batch_size: int = 0  # the maximum number of chunks in a backward pass
     epoch: int = 1
     step_of_epoch: int = 0
     steps_per_epoch: int = 0

@@ -288,8 +288,8 @@ def choose_tokens(
     truncation: str | None,
     is_pair: bool = False,
 ) -> TokenConfig:
-    """Return how texts are read in training; None stands for a default. Raises UserError for pairs
-    of texts where the tokenizer can't tell their tokens apart.
+    """Return how texts are read in training and evaluation; an argument that is None gets its default.
+    Raises UserError for pairs of texts where the tokenizer can't tell their tokens apart.
     """
     if is_pair and not tokenizer.is_fast:
         problem = f"{type(tokenizer).__name__} does not tell which token is of which text"

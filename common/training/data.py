@@ -2,8 +2,8 @@
 
 A labelled split has the columns `text` (string), `label` (its type tells the task, the same
 for all splits: common/training/task.py) and `row` (the number of the row in its source,
-counted from 1, so that a message or a prediction can be traced back). In this code,
-`rows[name][:]` is a whole column as a list.
+counted from 1, so that a message or a prediction can be traced back); with `--text-mode pair`
+also `text_pair` (string). In this code, `rows[name][:]` is a whole column as a list.
 
 `datasets` and scikit-learn, which take a second to import, are imported by the functions that need
 them.
@@ -134,7 +134,7 @@ class DataConfig:
 
 @dataclass
 class DataNotes:
-    """What a data set holds beside the splits that are trained and scored."""
+    """Findings about a data set that are not part of the splits that are trained and scored."""
 
     faults: list[Fault] = field(default_factory=list)  # rows that can't be used
     unlabelled: datasets.Dataset | None = None  # a test split without labels: its texts and `row`
@@ -152,7 +152,7 @@ def load_splits(config: DataConfig, runtime: Runtime, notes: DataNotes | None = 
     """Return the labelled splits train, validation and test, and print where they come from.
 
     What else there is, such as the rows that --skip-bad leaves out, is put into `notes`. Raises
-    UserError as `checked_splits` does.
+    UserError for a split that is missing or can't be cut, and for rows that can't be used.
     """
     notes = DataNotes() if notes is None else notes
     faults = notes.faults if config.skip_bad else None

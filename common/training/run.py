@@ -415,7 +415,7 @@ def state_problem(path: Path) -> str | None:
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             return f"{STATE}: {name} is missing or no {kind.__name__}"
     position = state["position"]
-    least = {"micro_batch": 1, "epoch": 1, "step_of_epoch": 0, "step": 0}
+    least = {"micro_batch_size": 1, "epoch": 1, "step_of_epoch": 0, "step": 0}
     numbers = {**{name: position.get(name) for name in least}, "log_bytes": state.get("log_bytes")}
     for name, value in numbers.items():
         if type(value) is not int or not least.get(name, 0) <= value < 2**53:

@@ -116,7 +116,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What scores depend on beside logits and targets; the fields are named as their flags."""
+    """What scores depend on besides logits and targets; the fields are named as their flags."""
 
     positive_class: str | None = None  # None: of two classes the second
     # from which probability on a text has a label: one number for all labels, one for each, or

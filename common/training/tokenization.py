@@ -117,7 +117,7 @@ def encode(
     """
     options: dict[str, Any] = {"truncation": False, "padding": False, "verbose": False}
     encoded = tokenizer(texts, text_pair=pairs, return_special_tokens_mask=True, **options)
-    # the collator makes the attention mask
+    # `pad_batch` makes the attention mask
     names = [name for name in encoded if name not in ("attention_mask", "special_tokens_mask")]
     counts = ("chunk_lengths", "num_tokens", "num_read")
     columns: dict[str, list] = {name: [] for name in (*names, *counts)}

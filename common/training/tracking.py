@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CURVES = "metrics.jsonl"
-COST_OF_TRAINING = 3  # of a token, beside that of a token in evaluation
+COST_OF_TRAINING = 3  # of a token, relative to a token in evaluation
 STEPS_BEFORE_FORECAST = 5
 REPORTED_PACKAGES = ("transformers", "datasets", "tokenizers", "evaluate", "scikit-learn")
 

@@ -132,10 +132,10 @@ def test_drawn_chunks_are_a_function_of_seed_and_epoch_and_reach_every_chunk():
     batch_size=st.integers(1, 6),
     world_size=st.integers(1, 3),
     grad_accum=st.integers(1, 4),
-    micro_batch=st.integers(1, 6),
+    micro_batch_size=st.integers(1, 6),
 )
 def test_the_steps_of_all_processes_hold_each_text_once_whatever_the_size_of_their_batches(
-    count, batch_size, world_size, grad_accum, micro_batch
+    count, batch_size, world_size, grad_accum, micro_batch_size
 ):
     """A step of the same size has the same texts, whatever share of it processes and accumulation
     have, and with any bound on memory.
@@ -147,14 +147,14 @@ def test_the_steps_of_all_processes_hold_each_text_once_whatever_the_size_of_the
             rows,
             config,
             epoch=1,
-            micro_batch=micro_batch,
+            micro_batch_size=micro_batch_size,
             runtime=Runtime(torch.device("cpu"), "fp32", rank, world_size),
         )
         for rank in range(world_size)
     ]
     one = BatchConfig(batch_size * world_size * grad_accum, 1, 2, "buckets", 1, 0)
     alone = batching.plan_epoch(
-        rows, one, epoch=1, micro_batch=10**6, runtime=Runtime(torch.device("cpu"), "fp32")
+        rows, one, epoch=1, micro_batch_size=10**6, runtime=Runtime(torch.device("cpu"), "fp32")
     )
     assert len({len(plan) for plan in plans}) == 1 and len(plans[0]) == len(alone)
     for step, expected in enumerate(alone):

@@ -46,7 +46,7 @@ def new_state() -> TrainingState:
     model(torch.ones(1, 4)).sum().backward()
     optimizer.step()
     state = TrainingState(model, None, model, optimizer, scheduler, scaler, meter, num_steps=2)
-    state.micro_batch, state.step, state.step_of_epoch, state.steps_per_epoch = 8, 1, 1, 2
+    state.micro_batch_size, state.step, state.step_of_epoch, state.steps_per_epoch = 8, 1, 1, 2
     state.history, state.best = [dict(ENTRY)], dict(ENTRY)
     return state
 
@@ -99,7 +99,7 @@ def test_what_is_saved_is_resumed(run):
 
 WRONG = [None, -1, 1.5, "x", [], {}, True, 10**400, float("nan")]
 REQUIRED = ["identity", "position", "param_groups", "scheduler", "scaler", "log_bytes"]
-POSITION = ["micro_batch", "epoch", "step_of_epoch", "step", "history", "best"]
+POSITION = ["micro_batch_size", "epoch", "step_of_epoch", "step", "history", "best"]
 HARMLESS = {"best": [None], "history": [], "scaler": [{}], "identity": [], "log_bytes": []}
 
 
