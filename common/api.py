@@ -33,14 +33,21 @@ class ApiError(Exception):
 
 async def json_of(request: web.Request) -> Any:
     """Return the content of a request. Raises ApiError where it is no JSON, which also is what a
-    page of another site can't send unasked.
+    page of another site can't send unasked, and for half of a character: JavaScript cuts them.
     """
     if request.content_type != "application/json":
         raise ApiError(415, "the Content-Type is not application/json")
+    body = await request.read()
     try:
-        return json.loads(await request.read(), parse_constant=_refuse_constant)
+        content = json.loads(body, parse_constant=_refuse_constant)
+        if b"\\u" in body:
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        problem = "a lone surrogate (\\ud800 to \\udfff) in the body is no character"
+        raise ApiError(400, f"{problem}; send whole characters", code="invalid_value") from error
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "the body is not JSON in UTF-8") from error
+    return content
 
 
 def _refuse_constant(name: str) -> None:

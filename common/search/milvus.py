@@ -639,9 +639,11 @@ def _words(node: dict[str, Any], names: dict[str, str], types: dict[str, str]) -
     if kind in ("OPERATOR_IS_NULL", "OPERATOR_IS_NOT_NULL"):
         return f"{_column(children[0], names)} is {'not ' if 'NOT' in kind else ''}null"
     if kind in ("COMPARE_IN", "COMPARE_NOT_IN"):
-        column = _column(children[0], names)
-        values = ", ".join(_value(child, types[column]) for child in children[1:])
-        return f"{column} {'not in' if 'NOT' in kind else 'in'} [{values}]"
+        # not by Milvus' `in`, which is false where the cell is NULL, so that `not in` is true there
+        column, is_not = _column(children[0], names), "NOT" in kind
+        values = [_value(child, types[column]) for child in children[1:]]
+        parts = [f"{column} {'!=' if is_not else '=='} {value}" for value in values]
+        return f"({(' and ' if is_not else ' or ').join(parts)})"
     if kind == "COMPARE_BETWEEN":
         column = _column(node["input"], names)
         lower, upper = (_value(node[side], types[column]) for side in ("lower", "upper"))
@@ -655,7 +657,7 @@ def _words(node: dict[str, Any], names: dict[str, str], types: dict[str, str]) -
     if kind == "FUNCTION" and node["function_name"] in ("~~", "!~~"):
         column, pattern = (argument["expression"] for argument in node["arguments"])
         column, text = _column(column, names), _value(pattern, "VARCHAR")
-        if types[column] != "VARCHAR" or "_" in text or "\\" in text:
+        if types[column] != "VARCHAR" or {"_", "\\"} & {*pattern["literal"]["text"]}:
             raise ValueError("LIKE is translated for columns of texts, with % alone as wildcard")
         return f"{'not ' if node['function_name'] == '!~~' else ''}({column} like {text})"
     if kind == "COLUMN_REF" and types[_column(node, names)] == "BOOL":
@@ -676,13 +678,19 @@ def _column(node: dict[str, Any], names: dict[str, str]) -> str:
 
 def _value(node: dict[str, Any], kind: str) -> str:
     """Return a constant as Milvus writes it, which must be of the column's type."""
+    if node.get("function_name") == "+" and len(node["arguments"]) == 1:  # +2
+        node = node["arguments"][0]["expression"]
     literal = node.get("literal", {})
+    if literal.get("kind") == "NULL_LITERAL":
+        raise ValueError("nothing compares with NULL; write IS NULL or IS NOT NULL")
     wanted = {"VARCHAR": ("STRING",), "BOOL": ("BOOLEAN",)}.get(kind, ("INTEGER", "NUMERIC"))
     if node["type"] != "VALUE_CONSTANT" or literal.get("kind") not in wanted:
         shown = literal.get("text") or node.get("function_name") or node["type"].lower()
         problem = f"{shown!r} is compared with a column of type {kind}"
         raise ValueError(f"{problem}; Milvus converts nothing")
     text = literal["text"]
+    if literal["kind"] == "INTEGER" and not -(2**63) <= int(text) < 2**63:
+        raise ValueError(f"{text} has more than 64 bits, and Milvus' whole numbers have that many")
     return json.dumps(text, ensure_ascii=False) if kind == "VARCHAR" else text
 
 

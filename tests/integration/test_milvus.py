@@ -37,6 +37,8 @@ CONDITIONS = {
     "n IN (1, 2, 99)": 2,
     "label NOT IN ('pos', 'x')": 30,
     "part IS NULL": 12,
+    "part NOT IN (0.5, 99.5)": 47,  # not those that are NULL
+    "NOT (part IN (0.5, 99.5) OR n < +7)": 42,
     "part IS NOT NULL AND part > 10": 31,
     "part = 0.5": 1,
     "NOT (part > 10)": 17,
@@ -52,6 +54,7 @@ QUICK = (
     "n NOT BETWEEN 3 AND 57",
     "NOT (label = 'pos')",
     "label NOT IN ('pos', 'x')",
+    "NOT (part IN (0.5, 99.5) OR n < +7)",
     "part IS NOT NULL AND part > 10",
     "NOT (part > 10)",
     "odd = false AND n < 4",
@@ -61,6 +64,8 @@ QUICK = (
 REFUSED = {
     "lower(label) = 'pos'": "lower",
     "n + 1 > 2": r"\+",
+    "n IN (1, NULL)": "IS NULL",
+    "n > 9223372036854775808": "64 bits",
     "label = 3": "3",
     "n = 'x'": "x",
     "label ILIKE 'P%'": r"~~\*",

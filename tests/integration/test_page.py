@@ -267,7 +267,7 @@ NO_EMBEDDINGS = {  # name: (what differs from a good request, status, the parame
     "too many texts": ({"input": ["x"] * 2049}, 400, "input", "up to 2,048 texts"),
     "tokens": ({"input": [[1, 2]]}, 400, "input", "up to 2,048 texts"),
     "a blank text": ({"input": ["x", " "]}, 400, "input", r"input\[1\]: the text is empty"),
-    "half a character": ({"input": "\udc80"}, 400, "input", r"input\[0\]: not UTF-8"),
+    "half a character": ({"input": "\udc80"}, 400, None, "a lone surrogate .* is no character"),
     "more dimensions": ({"dimensions": 4096}, 400, "dimensions", "ask for fewer"),
     "no dimensions": ({"dimensions": 0}, 400, "dimensions", "above 0"),
     "a format": ({"encoding_format": "int8"}, 400, "encoding_format", "float or base64"),

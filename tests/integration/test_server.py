@@ -395,6 +395,8 @@ def test_requests_that_are_none(serving):
         (b'{"temperature": NaN}', {}, 400),
         (b"\xff", {}, 400),
         (b"[]", {}, 400),
+        (good.replace(b'"a"', rb'"\ud83d"'), {}, 400),
+        (good.replace(b'"a"', rb'"a", "stop": ["\udc80"]'), {}, 400),
         (good + b" " * (5 << 20), {}, 413),
     ]
     for body, headers, status in cases:
