@@ -64,7 +64,7 @@ QUICK = (
 REFUSED = {
     "lower(label) = 'pos'": "lower",
     "n + 1 > 2": r"\+",
-    "n IN (1, NULL)": "IS NULL",
+    "n IN (1, NULL)": "nothing compares with NULL",
     "n > 9223372036854775808": "64 bits",
     "label = 3": "3",
     "n = 'x'": "x",
