@@ -76,6 +76,7 @@ def open_plain(name: str, *, encoding: str | None = None, folder: str | None = N
         if sources.suffix(name) != ".parquet":
             _refuse_binary(os.pread(file.fileno(), 16, 0), source)
             file = stack.enter_context(_as_utf8(file, source, encoding, folder))
+        file.seek(0)  # a copy was written to its end
         yield file
 
 

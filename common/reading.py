@@ -11,8 +11,10 @@ import codecs
 import contextlib
 import functools
 import itertools
+import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -396,7 +398,7 @@ def check_header(
         if inner is not None and (outer == inner or outer not in names):
             problem = f"no column {column!r} among {listed(names)}, the keys of its only object"
             advice = f"if its rows are the list {inner!r}, save this list as a file"
-            raise UserError(f"{source or name}: {problem}; {advice}, such as with jq '.{inner}'")
+            raise UserError(f"{source or name}: {problem}; {advice}, such as with jq {_jq_filter(inner)}")
         if outer not in names:  # "a.b" may be a field of column a
             require_column(names, column, source=source or name, flag=flag)
 
@@ -411,6 +413,12 @@ def _inner_rows(file: BinaryIO, name: str, options: FileOptions) -> str | None:
     (_, _, first), *others = itertools.islice(rows, 2)
     inner = [key for key, value in first.items() if isinstance(value, list) and _are_objects(value)]
     return inner[0] if len(inner) == 1 and not others else None
+
+
+def _jq_filter(key: str) -> str:
+    """Return what a shell must hand to jq for the value of a key."""
+    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key)
+    return f"'.{key}'" if plain else shlex.quote(f".[{json.dumps(key, ensure_ascii=False)}]")
 
 
 def _are_objects(values: list) -> bool:

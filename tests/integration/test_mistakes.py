@@ -215,6 +215,11 @@ FILES = {  # name: (file's name, content, what the line must hold)
         '{"status": "ok", "results": [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}], "next": []}',
         ("'text' among status, results, next", "only object", "list 'results'", "save this list as a file"),
     ),
+    "rows within an object, under a key that jq wants in quotes": (
+        "rows.json",
+        '{"search-results": [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]}',
+        ("list 'search-results'", """jq '.["search-results"]'"""),
+    ),
     "a line for Excel": (
         "rows.csv",
         "SEP=;\r\ntext;label\r\na;x\r\nb;y\r\n",

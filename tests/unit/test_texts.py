@@ -324,6 +324,8 @@ SOURCES = {
     "no ending": ({"t": 'a\t"one\nb\ttwo\n'}, "t", {"columns": ("id", "text")}, ['"one', "two"]),
     "compressed": ({"t.jsonl.gz": gzip.compress(b'{"text": "one"}\n')}, "t.jsonl.gz", {}, ["one"]),
     "compressed lines": ({"t.txt.gz": gzip.compress(b"one\ntwo\n")}, "t.txt.gz", {}, ["one", "two"]),
+    "compressed Markdown": ({"t.md.gz": gzip.compress(b"one\n\ntwo\n")}, "t.md.gz", {}, ["one\n\ntwo"]),
+    "Latin-1 Markdown": ({"t.md": b"sch\xf6n\r\n"}, "t.md", {"encoding": "latin-1"}, ["schön"]),
     "UTF-16 lines": (
         {"t.txt": "eins\nzwö\n".encode("utf-16")},
         "t.txt",
