@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Generate text with a causal language model, token for token as `model.generate` does.
 
-The loop is `decode`: prefill, sampler, stop, step. Its parts are in
+The loop is `decode`: prefill once; then, for each token, sampler, stop, step. Its parts are in
 common/generation: decoding.py (prefill, step), sampling.py (filters, draw), completion.py (from
 tokens to text). Left out on purpose: encoder-decoder models.
 
@@ -81,17 +81,17 @@ from common.runtime import Runtime, explain_out_of_memory, free_memory_bytes, st
 def decode(model: LanguageModel, batch: Batch, sampler: Sampler, settings: Settings) -> Iterator[Step]:
     """Yield one Step per token until every row has ended or has `max_new_tokens` tokens.
 
-    A row ends here at an end token; at a stop string, which only its text shows, in `Run.add_step`.
-    Rows that have ended get padding and keep drawing random numbers, as in `generate`. Raises
-    UserError when the model's logits are not numbers. Shapes: B rows (texts), V tokens in the
-    vocabulary.
+    A row ends at an end token, or when the caller marks it in `batch.ended`: `complete` does so at stop
+    strings, which only a row's text shows. Rows that have ended get padding and keep drawing random
+    numbers, as in `generate`. Raises UserError when the model's logits are not numbers. Shapes: B rows
+    (texts), V tokens in the vocabulary.
     """
     logits = prefill(model, batch)  # (B, V)
     for number in range(1, settings.max_new_tokens + 1):
         chosen = sampler(logits, batch.tokens)  # (B)
         ids = fetch_ids(chosen, logits, model)  # B ids; refuses logits that are not numbers
         tokens = [model.pad_id if ended else token for token, ended in zip(ids, batch.ended)]
-        yield Step(tokens, logits)
+        yield Step(tokens, logits)  # meanwhile, complete() marks rows with a stop string in batch.ended
         for row, token in enumerate(tokens):
             batch.ended[row] |= token in settings.end_ids
         if all(batch.ended) or number == settings.max_new_tokens:
@@ -125,7 +125,7 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
     with explain_out_of_memory(memory_advice(len(rows))):
         for current in steps:
             run.timing.note_token()
-            run.add_step(rows, current, batch)
+            run.add_step(rows, current, batch)  # also marks the rows that stop strings end
             yield rows[0].text[num_shown:]
             num_shown = len(rows[0].text)
     for row in rows:
@@ -406,9 +406,11 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
     special token, and a sampler that the device cannot run.
     """
     runtime = start_runtime(args.device, args.precision, args.seed)
-    # --precision auto leaves it open how a step computes, so that the one in C may compute in fp32
-    in_fp32 = args.precision == "auto" or runtime.precision == "fp32"
-    loading = Loading(args.weights, in_fp32, may_compile=not args.plain_step, adapter=args.adapter)
+    # with --precision auto, the step in C may compute in fp32 even if the runtime's precision is bf16
+    may_compute_in_fp32 = args.precision == "auto" or runtime.precision == "fp32"
+    loading = Loading(
+        args.weights, may_compute_in_fp32, may_compile=not args.plain_step, adapter=args.adapter
+    )
     model = language_model.load(args.model, runtime, cache_dir=args.cache_dir, loading=loading)
     if args.sampler == "independent" and model.device.type == "mps":
         problem = "it draws in fp64, which Apple's GPUs do not have"
@@ -541,18 +543,16 @@ def encode_prompts(args: argparse.Namespace, given: list[GivenPrompt], run: Run)
         if isinstance(item, UserError):  # with --skip-bad
             prompts.append(Prompt(number, "", [], problem=str(item), cells=cells))
             continue
-        encoding, ids, problem = next(encodings), [], ""
-        try:
-            if isinstance(encoding, UserError):
-                raise encoding
-            ids = encoding
-            language_model.check_length(ids, args.max_new_tokens, model, name=f"prompt {number + 1}")
-        except UserError as error:
-            if not args.skip_bad:
-                raise
-            problem = str(error)
+        ids, problem = next(encodings), None
+        if isinstance(ids, UserError):
+            ids, problem = [], ids
+        else:
+            name = f"prompt {number + 1}"
+            problem = outcome(language_model.check_length, ids, args.max_new_tokens, model, name=name)
+        if problem and not args.skip_bad:
+            raise problem
         text, messages = (item, None) if isinstance(item, str) else (item[-1]["content"], item)
-        prompts.append(Prompt(number, text, ids, messages, problem, cells))
+        prompts.append(Prompt(number, text, ids, messages, str(problem or ""), cells))
     return prompts
 
 
