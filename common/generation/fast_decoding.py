@@ -7,7 +7,8 @@ time (docs/benchmarks.md). It is not used before it has computed what the refere
 a small model of every kind of weights, once after it was compiled, and with the first layer of each
 model that is loaded.
 
-Shapes: B texts, T columns, V tokens in the vocabulary.
+Shapes: B texts, T columns of the cache, V tokens in the vocabulary; L layers, K heads of D numbers for
+keys and values; R tokens, which are the rows of a step.
 """
 
 import ctypes
@@ -33,13 +34,13 @@ if TYPE_CHECKING:  # which imports this file
     from common.generation.decoding import Batch
 
 SOURCE = Path(__file__).with_name("decoder.c")
-MAX_ROWS = 128  # of decoder.c
-WIDE_COLUMNS = 17  # a prompt of so many tokens is read with weights widened to fp32,
-MANY_ROWS = 10  # and so is a step of so many rows, where the weights are groups
-LARGEST_DIFFERENCE = 1e-3  # between two logits of the self-check; usual is 1e-5
-CHECKED_TOKENS = 64  # whose logits are compared when a model is loaded
-PATIENCE = 3.0  # seconds after which a bar shows how far a prompt is read
-ROOM = 256  # a cache grows by so many columns
+MAX_ROWS = 128  # the largest number of rows that decoder.c takes in one step
+WIDE_COLUMNS = 17  # prompts of at least this many tokens are read with weights widened to fp32
+MANY_ROWS = 10  # and so are steps of at least this many rows, where the weights are 4-bit or 8-bit groups
+LARGEST_DIFFERENCE = 1e-3  # between a logit of decoder.c and of the reference; 1e-5 is usual
+CHECKED_TOKENS = 64  # the number of tokens whose logits are compared when a model is loaded
+PATIENCE = 3.0  # seconds before a bar shows how much of a prompt has been read
+ROOM = 256  # the number of columns of a cache is rounded up to a multiple of this
 
 
 @functools.cache
@@ -171,8 +172,8 @@ class PreallocatedCache:
 
     @classmethod
     def of_texts(cls, texts: list[tuple["PreallocatedCache", int, int]], columns: int) -> "PreallocatedCache":
-        """Return a cache with a copy of texts of other ones, with room for so many columns: of
-        each, its cache, its row there and its first column. All end at the same column.
+        """Return a cache with room for `columns`, which holds copies of texts of other caches: each is
+        given by its cache, its row and its first column there. All end at the same column.
         """
         num_layers, _, num_heads, _, head_dim = texts[0][0].keys.shape
         cache = cls(num_layers, num_heads, head_dim)
@@ -207,10 +208,10 @@ class PreallocatedCache:
             setattr(self, name, getattr(self, name)[:, rows])
 
     def reserve(self, texts: int, columns: int) -> None:
-        """Make room for so many texts and columns; what is there is kept."""
+        """Make room for this many texts and columns; what is there is kept."""
         if self.keys.shape[1] == texts and self.capacity >= columns:
             return
-        columns = -(-columns // ROOM) * ROOM
+        columns = math.ceil(columns / ROOM) * ROOM
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = torch.empty(old.shape[0], texts, old.shape[2], columns, old.shape[4])

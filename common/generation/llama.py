@@ -65,7 +65,7 @@ class Transformer:
     head_dim: int  # D
     rms_norm_eps: float
     rotary: "Rotary"
-    max_position_embeddings: int  # the most tokens of a text
+    max_position_embeddings: int  # the maximum number of tokens of a text
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the tokens of a step are: all (R)."""
+    """Where each of the R tokens of a step lies; every field has shape (R)."""
 
-    texts: Tensor  # the text that each token belongs to, a row of the cache
-    columns: Tensor  # its column there
+    texts: Tensor  # the text that each token belongs to: its row in the cache
+    columns: Tensor  # the column of each token in the cache
     starts: Tensor  # the first column of its text
 
     @property

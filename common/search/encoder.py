@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-# larger batches fall out of a CPU's cache, and each of its threads has
-# one; smaller ones leave a GPU idle
+# positions, with padding. On a CPU each thread has a batch of its own, which must fit into its cache; on
+# a GPU, small batches leave it idle.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 131_072, "mps": 16_384}
 STATIC_TOKENS = 65_536  # of a model without a transformer, which only looks vectors up
 SPLIT_AT_ONCE = 256  # texts that are split into chunks together
