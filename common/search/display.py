@@ -249,12 +249,12 @@ def show_hits(
         if position in skipped:
             continue
         lines = []
-        for rank, document in enumerate(found, start=hit_range.offset + 1):
+        for number, document in enumerate(found, start=hit_range.offset + 1):
             text = cut(document["text"], room(TEXT_WIDTH))
             if chunk := document.get("chunk"):
                 text = f"[chunk {chunk['number']} of {chunk['of']}] {text}"
             cells = _cells_of(document["columns"], names)
-            lines.append([rank, document["score"], short_id(document), text, *cells])
+            lines.append([number, document["score"], short_id(document), text, *cells])
         headers = ["", "score", id_name(snapshot), "text", *(cut(name, CELL_WIDTH) for name in names)]
         screen.table(lines, headers, title=f"{heading}{query}", texts=[3])
     screen.document({"queries": documents})

@@ -516,7 +516,7 @@ class MilvusRanker:
     def prepare(self, queries: list[str]) -> None:
         """Do nothing: Milvus keeps its own indexes, and decides which words count."""
 
-    def rank(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[Ranking]:
+    def rank_rows(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[Ranking]:
         """Return the best rows of each query, at most as many as Milvus returns."""
         store, condition = self.snapshot, self.condition
         if self.hybrid:

@@ -65,13 +65,13 @@ class Ranker:
         if self._uses_codes:
             _ = self._codes
 
-    def rank(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[Ranking]:
+    def rank_rows(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[Ranking]:
         """Return at least the `depth` best rows for each query, or all if there are fewer; `vectors`
         (queries, width) are the embeddings of the queries.
         """
         depth = max(depth, FUSED) if self.hybrid else depth
-        rank = self._rank_approximately if self._uses_codes else self._rank_exactly
-        by_cosine = rank(vectors, depth)
+        rank_by_cosine = self._rank_approximately if self._uses_codes else self._rank_exactly
+        by_cosine = rank_by_cosine(vectors, depth)
         if not self.hybrid:
             return by_cosine
         by_words = self._rank_by_words(queries, depth)
@@ -88,7 +88,7 @@ class Ranker:
 
     def _rank_exactly(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
         blocks, vectors_of = self.snapshot.vector_blocks(kernel.BLOCK), self.snapshot.vectors_of
-        return kernel.search(blocks, vectors, depth, vectors_of=vectors_of, allowed=self.allowed)
+        return kernel.nearest_rows(blocks, vectors, depth, vectors_of=vectors_of, allowed=self.allowed)
 
     def _rank_approximately(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
         """Rank the rows whose codes FAISS finds to be the best, by their exact scores."""
@@ -109,7 +109,7 @@ class Ranker:
             if len(rows) < wanted // 2:  # a filter that few of the best pass
                 rankings += self._rank_exactly(vector[None], depth)
             else:
-                rankings.append(kernel.rank(rows, vector, depth, self.snapshot.vectors_of))
+                rankings.append(kernel.rank_plainly(rows, vector, depth, self.snapshot.vectors_of))
         return rankings
 
     @functools.cached_property
@@ -198,12 +198,12 @@ class Ranker:
 
 def fuse(rankings: list[np.ndarray]) -> Ranking:
     """Return several rankings of rows as one by reciprocal rank fusion: each gives a row
-    1 / (60 + its rank). Equal sums are ordered by row.
+    1 / (60 + its position). Equal sums are ordered by row.
     """
     scores: dict[int, float] = {}
     for ranking in rankings:
-        for rank, row in enumerate(ranking.tolist(), start=1):
-            scores[row] = scores.get(row, 0.0) + 1 / (RRF_K + rank)
+        for position, row in enumerate(ranking.tolist(), start=1):
+            scores[row] = scores.get(row, 0.0) + 1 / (RRF_K + position)
     order = sorted(scores, key=lambda row: (-scores[row], row))
     return np.array(order, dtype=np.int64), np.array([scores[row] for row in order])
 
