@@ -352,7 +352,7 @@ def search(args: argparse.Namespace, screen: Screen) -> None:
         reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
         searcher = Searcher(ranker, encoder, reranker=reranker, rerank_depth=args.rerank_depth)
         hit_range = HitRange(args.top_k, args.offset, args.min_score)
-        display.answer(screen, searcher, queries, hit_range, kept=kept)
+        display.search_and_show(screen, searcher, queries, hit_range, kept=kept)
 
 
 def like(args: argparse.Namespace, screen: Screen) -> None:

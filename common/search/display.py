@@ -356,11 +356,12 @@ def show_texts(screen: Screen, snapshot: Snapshot, documents: list[np.ndarray], 
     screen.document({"texts": found})
 
 
-def answer(
+def search_and_show(
     screen: Screen, searcher: Searcher, queries: Queries, hit_range: HitRange, *, kept: Sequence[str] | None
 ) -> None:
-    """Show the hits of queries, or of those from a prompt if there are none; say how many were left
-    out, and how many were longer than the model reads.
+    """Search for queries, or for those typed at a prompt if there are none, and show their hits; say how
+    many queries were left out, and how many were longer than the model reads. One function does both,
+    because at a prompt they alternate.
     """
     if not queries.texts:
         answer_prompt(screen, searcher, hit_range, kept=kept)
@@ -369,7 +370,7 @@ def answer(
         screen.say(f"queries  {len(queries.bad):,} skipped; the first: {queries.why}")
     encoder = searcher.encoder
     assert encoder is not None
-    num_cut = encoder.num_cut  # of the texts, which are told already
+    num_cut = encoder.num_cut  # of the texts, which have been reported already
     hits = queries.with_empty(searcher.search(queries.good, hit_range.depth))
     show_hits(screen, searcher.snapshot, queries.texts, hits, hit_range, kept=kept, skipped=queries.bad)
     if num_cut := encoder.num_cut - num_cut:
@@ -380,8 +381,8 @@ def answer(
 def answer_prompt(
     screen: Screen, searcher: Searcher, hit_range: HitRange, *, kept: Sequence[str] | None
 ) -> None:
-    """Answer queries from standard input until it ends or an empty line comes; with --json one
-    document per query.
+    """Search for each query that comes from standard input, and show its hits, until the input ends or an
+    empty line comes; with --json, one document per query.
     """
     screen.say(f"{int(searcher.ranker.allowed.sum()):,} texts; an empty line ends")
     for number in itertools.count(1):

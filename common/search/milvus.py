@@ -733,7 +733,7 @@ def run_search(args: argparse.Namespace, screen: Screen) -> None:
         kept = search_flags.kept_columns(args, store.columns, f"--index {args.index}")
     with opened_searcher(args, runtime, hybrid=args.hybrid, where=args.where) as searcher:
         hit_range = HitRange(args.top_k, args.offset, args.min_score)
-        display.answer(screen, searcher, queries, hit_range, kept=kept)
+        display.search_and_show(screen, searcher, queries, hit_range, kept=kept)
 
 
 def run_evaluate(args: argparse.Namespace, screen: Screen) -> None:
