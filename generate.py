@@ -209,7 +209,7 @@ def generate_batch(run: Run, rows: list[Completion], *, seed: int, streams: bool
             bar.update()
         if streams:
             show(new_text)
-    bar.update(end - bar.n)  # the tokens that are left out where the texts have ended early
+    bar.update(end - bar.n)  # the tokens that were not needed, because all texts ended early
 
 
 def find_first_batch(
@@ -250,7 +250,9 @@ def progress_bar(run: Run, num_batches: int, *, shown: bool) -> tqdm:
 
 
 def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
-    """Return what a text depends on, as the output file names it; of flags, those that are given."""
+    """Return the settings that a text depends on, as the output file names them; of the flags, only those
+    that are given.
+    """
     values = ((name, getattr(args, name)) for name in (*DRAWING, *RECORDED.split()))
     given = {name: value for name, value in values if not (value is None or value is False)}
     if args.adapter is not None:
@@ -465,7 +467,7 @@ def sampling_settings(args: argparse.Namespace, model: LanguageModel, end_ids: t
 def load_chat_format(args: argparse.Namespace, model: LanguageModel) -> ChatFormat | None:
     """Return how the conversations of a model are written, None where there are none."""
     is_asked_for = args.chat or args.interactive or args.chat_template is not None
-    # a model without a template is served all the same: it continues texts
+    # a model without a template can still be served: it continues texts
     if not is_asked_for and not (args.serve and model.tokenizer.chat_template):
         return None
     from common.generation import chat
@@ -491,8 +493,8 @@ def make_constraint(
 def read_and_load(
     args: argparse.Namespace, read: Callable[[], T], *, from_stdin: bool
 ) -> tuple[T, Run, Runtime]:
-    """Return what `read` returns, and what `load` does. A file is read first, so that a mistake in it
-    is told at once; standard input after the model is loaded, which may end with a mistake too.
+    """Return what `read` returns, and what `load` does. A file is read first, so that mistakes in it are
+    reported at once; standard input is read after the model is loaded, because loading may fail too.
     """
     if from_stdin:
         run, runtime = load(args)
@@ -528,8 +530,8 @@ def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | N
 def encode_prompts(args: argparse.Namespace, given: list[GivenPrompt], run: Run) -> list[Prompt]:
     """Return the prompts with their tokens.
 
-    Raises UserError for one that does not fit into the model, or that the template refuses; with
-    --skip-bad it has a problem instead, as one that could not be read has already.
+    Raises UserError for one that does not fit into the model, or that the template refuses; with --skip-bad,
+    such a prompt gets a `problem` instead, as does one that could not be read.
     """
     model, prompts = run.language_model, []
     readable = [
@@ -559,8 +561,8 @@ def encode_prompts(args: argparse.Namespace, given: list[GivenPrompt], run: Run)
 def encode_readable(
     args: argparse.Namespace, named: list[tuple[str | list[Message], str]], run: Run
 ) -> list[list[int] | UserError]:
-    """Return the token ids of texts or conversations, each with a name for messages, or why there
-    are none.
+    """Return for each text or conversation its token ids, or the UserError that says why there are none; each
+    comes with its name for messages.
     """
     if run.chat is None:
         encode = functools.partial(language_model.encode_prompt, language_model=run.language_model)
@@ -572,8 +574,8 @@ def encode_readable(
 
 
 def read_texts(args: argparse.Namespace) -> tuple[list[GivenPrompt], list[str] | None]:
-    """Return the texts or conversations of all prompts, with --skip-bad or why one can't be read, and
-    their references, None without --references.
+    """Return the texts or conversations of all prompts, and their references, None without --references. With
+    --skip-bad, a prompt that can't be read is the error that says why.
     """
     given = [GivenPrompt(text) for text in args.prompt or []]
     if args.prompts_file is not None:

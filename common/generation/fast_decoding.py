@@ -45,8 +45,8 @@ ROOM = 256  # the number of columns of a cache is rounded up to a multiple of th
 
 @functools.cache
 def load_library(cache_dir: str | None) -> ctypes.CDLL:
-    """Return the compiled decoder.c. Raises what `compiler.load` raises, and NotSupported when what it
-    has compiled computes something else than `reference_step`.
+    """Return the compiled decoder.c. Raises what `compiler.load` raises, and NotSupported when what it has
+    compiled computes something other than `reference_step`.
     """
     return compiler.load(SOURCE, cache_dir, declare=_declare, check=check_library)
 
@@ -160,7 +160,7 @@ class PreallocatedCache:
     """Keys and values, (L, B, K, T, D), with room for more columns than are in use, as decoder.c
     fills them.
 
-    It has what the decoder calls of transformers' caches. A sliding window forgets nothing here:
+    It has those methods of transformers' caches that decoding calls. A sliding window forgets nothing here:
     what it can't see is masked.
     """
 
@@ -200,7 +200,7 @@ class PreallocatedCache:
         self.length += tokens_to_remove
 
     def activate_past_recording(self) -> None:
-        """Nothing is forgotten in any case."""
+        """Do nothing: no column is ever forgotten."""
 
     def reorder_cache(self, rows: Tensor) -> None:
         """Let each text go on from the columns of another one, `rows` (B): for beam search."""
@@ -224,10 +224,10 @@ class PreallocatedCache:
 
 
 class CompiledModel:
-    """A model that decoder.c computes, with what decoding asks of any model."""
+    """A model that decoder.c computes, with what decoding needs from any model."""
 
     is_compiled = True
-    device, dtype = torch.device("cpu"), torch.float32  # also over weights of fewer bits
+    device, dtype = torch.device("cpu"), torch.float32  # also with weights of fewer bits
     reads_padding = False  # no text of a batch depends on the lengths of the others
 
     def __init__(self, model: Transformer, kernel: Kernel) -> None:
@@ -266,7 +266,7 @@ class CompiledModel:
 
     @property
     def cache_bytes(self) -> int:
-        """The memory of a token's keys and values."""
+        """The bytes that the keys and values of a token take."""
         model = self.transformer
         return 2 * len(model.layers) * model.num_key_value_heads * model.head_dim * self.dtype.itemsize
 
@@ -339,8 +339,8 @@ class CompiledModel:
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
     """Yield the beginning and the length of each block of tokens that the step in C takes at a time.
 
-    A long prompt takes minutes: on a terminal, a bar then shows how far it is read, and vanishes at
-    its end. A server's thread, which is not the main one, draws nothing.
+    A long prompt takes minutes: on a terminal, a bar then shows how much of it has been read, and vanishes at
+    the end. A server's thread, which is not the main one, draws nothing.
     """
     if length <= MAX_ROWS:  # as every step after the prompt
         yield 0, length

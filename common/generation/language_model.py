@@ -39,11 +39,11 @@ class LanguageModel:
     """A model, its tokenizer, and how a text ends with them."""
 
     name: str
-    model: TransformersModel | CompiledModel  # both have what decoding asks of a model
+    model: TransformersModel | CompiledModel  # both have what decoding needs from a model
     tokenizer: PreTrainedTokenizerBase | Tokenizer
     end_ids: tuple[int, ...]  # each of them ends a text; () if none does
     pad_id: int
-    context: int | None  # the most tokens that fit; None if nothing limits it
+    context: int | None  # the maximum number of tokens of a text; None if nothing limits it
     backend: str = "PyTorch"  # what computes, for the summary
     folder: Path = Path()
     # of a compiled model as stored, by name; an adapter is merged into others

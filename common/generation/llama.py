@@ -1,9 +1,9 @@
 """One decoding step of a Llama-like transformer, written out: embedding, attention with a cache,
 gated MLP, logits.
 
-`reference_step` generates no text. It says in PyTorch what decoder.c computes, which is compared
-with it when it was compiled, whenever a model is loaded, and in the tests. Where decoder.c is not
-used (`--plain-step`, a GPU, another kind of model), the forward of transformers computes each token.
+`reference_step` generates no text. It says in PyTorch what decoder.c computes, which is compared with it
+after it is compiled, whenever a model is loaded, and in the tests. Where decoder.c is not used
+(`--plain-step`, a GPU, another kind of model), the forward of transformers computes each token.
 
 Llama, SmolLM, Mistral (a sliding window), Qwen2 (biases) and Qwen3 (norms of queries and keys) are
 all of this kind. llama_config.py makes a `Transformer` of the files of such a model. transformers has
