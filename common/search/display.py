@@ -66,7 +66,7 @@ def own_id(snapshot: Snapshot, key: str) -> int | str:
 
 
 def short_id(document: dict[str, Any]) -> str:
-    """Return the id in a document of JSON, of a long one, such as a hash of the text, the start."""
+    """Return the id in a document of JSON; of a long one, such as a hash of the text, only the beginning."""
     return cut(str(document.get("id", document.get("row"))), 16, 10)
 
 
@@ -217,7 +217,7 @@ def _say_index(screen: Screen, snapshot: Snapshot) -> None:
 
 
 def _index_document(snapshot: Snapshot) -> dict[str, object]:
-    """Return the same for JSON, with all settings."""
+    """Return what `_say_index` says, for JSON and with all settings."""
     live = int(snapshot.is_live().sum())
     return {
         "index": str(snapshot.folder),
@@ -239,8 +239,8 @@ def show_hits(
     heading: str = "query: ",
     skipped: Sequence[int] = (),
 ) -> None:
-    """Show the hits of each query within a range, best first, with the columns that are `kept`; None:
-    with none on the screen and all in JSON. The queries at the positions `skipped` stand in JSON alone.
+    """Show the hits of each query within a range, best first, with the columns that are `kept`; None: with
+    none on the screen and all in JSON. The queries at the positions `skipped` are only in JSON.
     """
     documents, names = [], list(kept or ())
     for position, (query, answer) in enumerate(zip(queries, answers)):

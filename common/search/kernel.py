@@ -1,10 +1,10 @@
 """Exact nearest neighbours: the rows with the highest cosine similarity to a query, in an order
 that never depends on chance.
 
-`rank_plainly` is the plain version and the oracle: float64 scores of every row, sorted. `nearest_rows`
-gives the same answer faster. It streams the vectors through fp32 matrix products and keeps as candidates the
-rows whose scores lie within the rounding error of the k-th best; only these are ranked in float64.
-Equal scores: the lower row comes first.
+`rank_plainly` is the plain version and the oracle: float64 scores of every row, sorted. `nearest_rows` gives
+the same answer faster. It streams the vectors through fp32 matrix products and keeps as candidates the rows
+whose scores lie within the rounding error of the k-th best; only these are ranked in float64. Equal scores:
+the lower row comes first.
 """
 
 import itertools

@@ -508,7 +508,7 @@ class MilvusRanker:
     Milvus ranks them. `allowed` has a True for each, at most as many as Milvus returns.
     """
 
-    snapshot: Any  # a MilvusCollection, which has what a searcher asks of an index
+    snapshot: Any  # a MilvusCollection, which has what a searcher needs from an index
     condition: str
     allowed: np.ndarray
     hybrid: bool = False
@@ -592,10 +592,10 @@ MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "==": "==", "!=": "!="}
 
 
 def translate(condition: str | None, columns: dict[str, str]) -> str | None:
-    """Return an SQL condition in the words of Milvus; None stays None.
+    """Return an SQL condition as an expression of Milvus; None stays None.
 
-    DuckDB parses it, without evaluating anything. Raises UserError for what is no condition over
-    the columns, and for what Milvus has no words for, by its name.
+    DuckDB parses it, without evaluating anything. Raises UserError for what is no condition over the columns,
+    and, naming it, for anything that Milvus can't express.
     """
     if condition is None:
         return None
@@ -624,7 +624,7 @@ def translate(condition: str | None, columns: dict[str, str]) -> str | None:
 
 
 def _words(node: dict[str, Any], names: dict[str, str], types: dict[str, str]) -> str:
-    """Return a part of a condition in the words of Milvus."""
+    """Return a part of a condition as an expression of Milvus."""
     kind, children = node["type"], node.get("children", [])
 
     def inner(child: dict[str, Any]) -> str:

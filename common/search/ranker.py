@@ -34,8 +34,8 @@ RRF_K = 60  # of reciprocal rank fusion: Cormack, Clarke, Buettcher (SIGIR 2009)
 NO_WORDS = "no-words"  # a file that stands for BM25 data if no text has a word that BM25 counts
 # with a --where that leaves a smaller share of the rows, exact search is faster
 SMALL_SHARE = 0.1
-# Of so many rows with the best codes, and at least so many for each row that is wanted, the exact
-# scores are computed: docs/benchmarks.md has what they find.
+# Exact scores are computed for the SCANNED rows with the best codes, or for SCANNED_FOR_EACH times as many
+# rows as are wanted, if that is more: docs/benchmarks.md says how many of the nearest they find.
 SCANNED, SCANNED_FOR_EACH = 200, 10
 CODE_BITS, CODE_WIDTH = 4, 2  # of FAISS's fast scan: bits of a code, dimensions that share one
 TRAINED = 20_000  # vectors that the codes are fitted to
@@ -80,7 +80,7 @@ class Ranker:
 
     @property
     def _uses_codes(self) -> bool:
-        """Whether FAISS's codes are searched: without is quicker where a filter leaves few rows."""
+        """Whether FAISS's codes are searched: exact search is quicker where a filter leaves few rows."""
         if not self.approximate:
             return False
         is_live = self.snapshot.is_live()
@@ -96,7 +96,7 @@ class Ranker:
         chosen = np.flatnonzero(self.allowed[live])
         codes, code_of = self._codes
         wanted = max(SCANNED, SCANNED_FOR_EACH * depth)
-        # the scan knows no filter: it looks as much further as the filter leaves out
+        # the scan knows no filter: of `count` rows, about `wanted` pass it
         count = int(wanted * len(live) / max(len(chosen), 1))
         if count >= codes.ntotal:
             return self._rank_exactly(vectors, depth)
@@ -244,15 +244,15 @@ def cached(
     """Return `load(folder)` of the cache `cache-<name>` in the index's folder; `build(folder)`
     fills it where it is missing, stale or damaged.
 
-    A cache carries the stamp of the state that it was made of, and of what it was `made_with`, and
-    is never used for another state. Where the index can't be written, as one that others share, it
-    lasts for this command alone, which a line says. Raises UserError for other faults of the disk.
+    A cache carries the stamp of the state that it was made of, and of what it was `made_with`, and is never
+    used for another state. Where the index can't be written, as one that others share, it lasts for this
+    command alone, and a note says so. Raises UserError for other faults of the disk.
     """
     folder = snapshot.folder / f"{CACHE_PREFIX}{name}"
     stamp = f"{snapshot.sha256} {made_with}".rstrip()
     if cache_stamp(folder) == stamp and files.find_damage(folder) is None:
-        # whatever a library says of files that are none of its, or that another process replaces
-        # meanwhile: it is built again
+        # whatever a library raises about files that are not its own, or that another process replaces
+        # meanwhile: the cache is built again
         with contextlib.suppress(Exception):
             return load(folder)
     try:
