@@ -78,8 +78,8 @@ def open_source(
     *,
     role: str | None = "document",
 ) -> Iterator[tuple[Snapshot, Encoder | None]]:
-    """Yield the index of this name, or one of these texts that lasts for the command, and the encoder
-    of the texts, which they are encoded with in the `role`: None for an index, which may need none.
+    """Yield the index of this name, or one of these texts that lasts for the command, and the encoder with
+    which the texts were encoded in the `role`; None for an index, which may need no encoder.
     """
     if isinstance(source, str):
         from common.search.index import open_snapshot
@@ -105,7 +105,7 @@ def open_rows(
     least: int = 1,
     role: str | None = None,
 ) -> Iterator[tuple[Selection, Encoder | None]]:
-    """Yield the rows where --where holds, and what else `open_source` yields. Raises UserError when
+    """Yield the rows where --where holds, and the encoder that `open_source` yields. Raises UserError when
     there are fewer than `least`.
     """
     from common.search.selection import select, shared
@@ -352,7 +352,7 @@ def search(args: argparse.Namespace, screen: Screen) -> None:
         reranker = load_reranker(args.rerank, runtime, cache_dir=args.cache_dir)
         searcher = Searcher(ranker, encoder, reranker=reranker, rerank_depth=args.rerank_depth)
         hit_range = HitRange(args.top_k, args.offset, args.min_score)
-        display.answer(screen, searcher, queries, hit_range, kept=kept)
+        display.search_and_show(screen, searcher, queries, hit_range, kept=kept)
 
 
 def like(args: argparse.Namespace, screen: Screen) -> None:
@@ -582,7 +582,7 @@ def compare_models(args: argparse.Namespace, screen: Screen) -> None:
     given = None if args.sts else read_task(args)  # mistakes in it before any model is loaded
     configs = [dataclasses.replace(encoder_config(args), model=name) for name in args.models]
     fingerprints = []
-    for config in configs:  # all before the first is scored: a missing one costs no hours
+    for config in configs:  # all before the first is scored: a missing one is reported at once
         fingerprints.append(task_fingerprint(load_encoder(config, runtime), args))
     path = None if args.per_query is None else Path(args.per_query)
     kept = {} if path is None else model_scores.read_scores(path)
@@ -601,7 +601,7 @@ def compare_models(args: argparse.Namespace, screen: Screen) -> None:
                     if path is not None:
                         model_scores.write_scores(path, list(kept.values()))
                 done.append(kept[fingerprint])
-        finally:  # of those that are finished, whatever stops the others
+        finally:  # shows those that are finished, whatever stops the others
             if done:
                 display.show_models(screen, done)
 
@@ -613,7 +613,7 @@ def score_model(
     screen: Screen,
     given: tuple[Task, Collection | str] | None,
 ) -> ModelScores:
-    """Return what a model comes to on the task of the flags: the one that is `given`, or --sts."""
+    """Return the scores of a model on the task of the flags: the one that is `given`, or --sts."""
     import numpy as np
 
     from common.search import relevance

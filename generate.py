@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Generate text with a causal language model, token for token as `model.generate` does.
 
-The loop is `decode`: prefill, sampler, stop, step. Its parts are in
+The loop is `decode`: prefill once; then, for each token, sampler, stop, step. Its parts are in
 common/generation: decoding.py (prefill, step), sampling.py (filters, draw), completion.py (from
 tokens to text). Left out on purpose: encoder-decoder models.
 
@@ -81,17 +81,17 @@ from common.runtime import Runtime, explain_out_of_memory, free_memory_bytes, st
 def decode(model: LanguageModel, batch: Batch, sampler: Sampler, settings: Settings) -> Iterator[Step]:
     """Yield one Step per token until every row has ended or has `max_new_tokens` tokens.
 
-    A row ends here at an end token; at a stop string, which only its text shows, in `Run.add_step`.
-    Rows that have ended get padding and keep drawing random numbers, as in `generate`. Raises
-    UserError when the model's logits are not numbers. Shapes: B rows (texts), V tokens in the
-    vocabulary.
+    A row ends at an end token, or when the caller marks it in `batch.ended`: `complete` does so at stop
+    strings, which only a row's text shows. Rows that have ended get padding and keep drawing random
+    numbers, as in `generate`. Raises UserError when the model's logits are not numbers. Shapes: B rows
+    (texts), V tokens in the vocabulary.
     """
     logits = prefill(model, batch)  # (B, V)
     for number in range(1, settings.max_new_tokens + 1):
         chosen = sampler(logits, batch.tokens)  # (B)
         ids = fetch_ids(chosen, logits, model)  # B ids; refuses logits that are not numbers
         tokens = [model.pad_id if ended else token for token, ended in zip(ids, batch.ended)]
-        yield Step(tokens, logits)
+        yield Step(tokens, logits)  # meanwhile, complete() marks rows with a stop string in batch.ended
         for row, token in enumerate(tokens):
             batch.ended[row] |= token in settings.end_ids
         if all(batch.ended) or number == settings.max_new_tokens:
@@ -125,7 +125,7 @@ def complete(run: Run, rows: list[Completion], batch: Batch | None = None, *, se
     with explain_out_of_memory(memory_advice(len(rows))):
         for current in steps:
             run.timing.note_token()
-            run.add_step(rows, current, batch)
+            run.add_step(rows, current, batch)  # also marks the rows that stop strings end
             yield rows[0].text[num_shown:]
             num_shown = len(rows[0].text)
     for row in rows:
@@ -209,7 +209,7 @@ def generate_batch(run: Run, rows: list[Completion], *, seed: int, streams: bool
             bar.update()
         if streams:
             show(new_text)
-    bar.update(end - bar.n)  # the tokens that are left out where the texts have ended early
+    bar.update(end - bar.n)  # the tokens that were not needed, because all texts ended early
 
 
 def find_first_batch(
@@ -250,7 +250,9 @@ def progress_bar(run: Run, num_batches: int, *, shown: bool) -> tqdm:
 
 
 def recorded_settings(args: argparse.Namespace, run: Run) -> dict:
-    """Return what a text depends on, as the output file names it; of flags, those that are given."""
+    """Return the settings that a text depends on, as the output file names them; of the flags, only those
+    that are given.
+    """
     values = ((name, getattr(args, name)) for name in (*DRAWING, *RECORDED.split()))
     given = {name: value for name, value in values if not (value is None or value is False)}
     if args.adapter is not None:
@@ -406,9 +408,11 @@ def load(args: argparse.Namespace) -> tuple[Run, Runtime]:
     special token, and a sampler that the device cannot run.
     """
     runtime = start_runtime(args.device, args.precision, args.seed)
-    # --precision auto leaves it open how a step computes, so that the one in C may compute in fp32
-    in_fp32 = args.precision == "auto" or runtime.precision == "fp32"
-    loading = Loading(args.weights, in_fp32, may_compile=not args.plain_step, adapter=args.adapter)
+    # with --precision auto, the step in C may compute in fp32 even if the runtime's precision is bf16
+    may_compute_in_fp32 = args.precision == "auto" or runtime.precision == "fp32"
+    loading = Loading(
+        args.weights, may_compute_in_fp32, may_compile=not args.plain_step, adapter=args.adapter
+    )
     model = language_model.load(args.model, runtime, cache_dir=args.cache_dir, loading=loading)
     if args.sampler == "independent" and model.device.type == "mps":
         problem = "it draws in fp64, which Apple's GPUs do not have"
@@ -463,7 +467,7 @@ def sampling_settings(args: argparse.Namespace, model: LanguageModel, end_ids: t
 def load_chat_format(args: argparse.Namespace, model: LanguageModel) -> ChatFormat | None:
     """Return how the conversations of a model are written, None where there are none."""
     is_asked_for = args.chat or args.interactive or args.chat_template is not None
-    # a model without a template is served all the same: it continues texts
+    # a model without a template can still be served: it continues texts
     if not is_asked_for and not (args.serve and model.tokenizer.chat_template):
         return None
     from common.generation import chat
@@ -489,8 +493,8 @@ def make_constraint(
 def read_and_load(
     args: argparse.Namespace, read: Callable[[], T], *, from_stdin: bool
 ) -> tuple[T, Run, Runtime]:
-    """Return what `read` returns, and what `load` does. A file is read first, so that a mistake in it
-    is told at once; standard input after the model is loaded, which may end with a mistake too.
+    """Return what `read` returns, and what `load` does. A file is read first, so that mistakes in it are
+    reported at once; standard input is read after the model is loaded, because loading may fail too.
     """
     if from_stdin:
         run, runtime = load(args)
@@ -526,8 +530,8 @@ def load_all(args: argparse.Namespace) -> tuple[Run, list[Prompt], list[str] | N
 def encode_prompts(args: argparse.Namespace, given: list[GivenPrompt], run: Run) -> list[Prompt]:
     """Return the prompts with their tokens.
 
-    Raises UserError for one that does not fit into the model, or that the template refuses; with
-    --skip-bad it has a problem instead, as one that could not be read has already.
+    Raises UserError for one that does not fit into the model, or that the template refuses; with --skip-bad,
+    such a prompt gets a `problem` instead, as does one that could not be read.
     """
     model, prompts = run.language_model, []
     readable = [
@@ -541,26 +545,24 @@ def encode_prompts(args: argparse.Namespace, given: list[GivenPrompt], run: Run)
         if isinstance(item, UserError):  # with --skip-bad
             prompts.append(Prompt(number, "", [], problem=str(item), cells=cells))
             continue
-        encoding, ids, problem = next(encodings), [], ""
-        try:
-            if isinstance(encoding, UserError):
-                raise encoding
-            ids = encoding
-            language_model.check_length(ids, args.max_new_tokens, model, name=f"prompt {number + 1}")
-        except UserError as error:
-            if not args.skip_bad:
-                raise
-            problem = str(error)
+        ids, problem = next(encodings), None
+        if isinstance(ids, UserError):
+            ids, problem = [], ids
+        else:
+            name = f"prompt {number + 1}"
+            problem = outcome(language_model.check_length, ids, args.max_new_tokens, model, name=name)
+        if problem and not args.skip_bad:
+            raise problem
         text, messages = (item, None) if isinstance(item, str) else (item[-1]["content"], item)
-        prompts.append(Prompt(number, text, ids, messages, problem, cells))
+        prompts.append(Prompt(number, text, ids, messages, str(problem or ""), cells))
     return prompts
 
 
 def encode_readable(
     args: argparse.Namespace, named: list[tuple[str | list[Message], str]], run: Run
 ) -> list[list[int] | UserError]:
-    """Return the token ids of texts or conversations, each with a name for messages, or why there
-    are none.
+    """Return for each text or conversation its token ids, or the UserError that says why there are none; each
+    comes with its name for messages.
     """
     if run.chat is None:
         encode = functools.partial(language_model.encode_prompt, language_model=run.language_model)
@@ -572,8 +574,8 @@ def encode_readable(
 
 
 def read_texts(args: argparse.Namespace) -> tuple[list[GivenPrompt], list[str] | None]:
-    """Return the texts or conversations of all prompts, with --skip-bad or why one can't be read, and
-    their references, None without --references.
+    """Return the texts or conversations of all prompts, and their references, None without --references. With
+    --skip-bad, a prompt that can't be read is the error that says why.
     """
     given = [GivenPrompt(text) for text in args.prompt or []]
     if args.prompts_file is not None:

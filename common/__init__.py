@@ -3,7 +3,7 @@
 import sys
 
 # before anything is imported that such a machine lacks
-if sys.version_info < (3, 11):  # noqa: UP036  (that is what is told)
+if sys.version_info < (3, 11):  # noqa: UP036  (older versions get this message)
     version = ".".join(map(str, sys.version_info[:3]))
     sys.stderr.write(f"error: Python {version} is too old; run the scripts with 3.11 or later\n")
     sys.exit(2)

@@ -135,8 +135,8 @@ def _run(
 
 @functools.cache
 def load_library(cache_dir: str | None) -> ctypes.CDLL:
-    """Return the compiled attention.c. Raises what `compiler.load` raises, and NotSupported when what it
-    has compiled computes something else than `reference`.
+    """Return the compiled attention.c. Raises what `compiler.load` raises, and NotSupported when what it has
+    compiled computes something other than `reference`.
     """
     return compiler.load(SOURCE, cache_dir, declare=_declare, check=check_library)
 

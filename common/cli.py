@@ -63,9 +63,9 @@ Complete = Callable[["Parser", Sequence[str]], list[str]]
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviated flags, which reports mistakes as UserError.
 
-    `check` looks at all flags together, and at the files that they name; it raises UserError.
-    `complete` returns flags that hold where those that are given say nothing else. `example` is a
-    flag with its value, for who writes a value alone.
+    `check` looks at all flags together, and at the files that they name; it raises UserError. `complete`
+    returns flags that hold where those that are given say nothing else. `example` is a flag with its value,
+    for users who write a value alone.
     """
 
     def __init__(
@@ -364,7 +364,7 @@ def loading(line: str = LOADING) -> None:
     terminal shows what it waits for.
     """
     if "torch" not in sys.modules:
-        gc.disable()  # to search for garbage where there is none took a sixth of the start
+        gc.disable()  # searching for garbage where there is none took a sixth of the start
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     if sys.stderr.isatty() and is_rank_0():
@@ -461,7 +461,7 @@ def warn_of_stop(line: str = "") -> None:
 
 
 def limit_memory(more: int) -> None:
-    """Let this process have so many bytes more than it has now; only Linux tells how many these are."""
+    """Limit this process to `more` bytes beyond what it has now; only Linux tells how much that is."""
     if sys.platform != "linux":
         return
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -537,7 +537,7 @@ def _check_limits() -> None:
 
 
 def _try_threads(count: int) -> None:
-    """Raise UserError unless this process can have so many threads at a time."""
+    """Raise UserError unless this process can have `count` threads at a time."""
     done, threads = threading.Event(), []
     try:
         for _ in range(count):
@@ -570,8 +570,8 @@ def _explain_import(
 
 
 def _explain_thread(arguments: threading.ExceptHookArgs) -> None:
-    """Stand for threading.excepthook: a fault of the system is told by the main thread, which meets
-    it too, such as the full disk of TensorBoard's writer.
+    """Stand for threading.excepthook: a fault of the system is reported by the main thread, which meets it
+    too, such as the full disk of TensorBoard's writer.
     """
     if fault_of_system(arguments.exc_value) is None:
         threading.__excepthook__(arguments)
@@ -616,7 +616,7 @@ def _endings(prog: str, *, debug: bool) -> Iterator[None]:
 
 
 def _drop(descriptor: int) -> None:
-    """Let what is still printed there, also at Python's own end, go nowhere."""
+    """Discard what is still printed there, also while Python itself ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 

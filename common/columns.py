@@ -1,4 +1,4 @@
-"""The columns of a table: those that flags name, and those that stay beside what a script writes.
+"""The columns of a table: those that flags name, and those that are kept beside what a script writes.
 
 Importing it is quick: flags are checked before PyTorch is loaded.
 """
@@ -55,7 +55,7 @@ def require_column(names: Iterable[str], column: str, *, source: str, flag: str)
 
 
 def add_kept_flags(parser: argparse._ArgumentGroup, *, needs: str, beside: str) -> None:
-    """Add the flags of columns that stay; they `need` another flag."""
+    """Add the flags of columns to keep; they `need` another flag."""
     help_text = f"with {needs}: a column that stays beside {beside}"
     parser.add_argument("--id-column", metavar="NAME", help=help_text)
     help_text = f"with {needs}: other columns that stay, such as author,date; all: every other one"
@@ -64,7 +64,7 @@ def add_kept_flags(parser: argparse._ArgumentGroup, *, needs: str, beside: str) 
 
 @dataclass(frozen=True)
 class KeptColumns:
-    """Which columns stay beside what a script writes; the fields are named as their flags."""
+    """Which columns are kept beside what a script writes; the fields have the names of their flags."""
 
     id_column: str | None = None
     keep_columns: str | None = None
@@ -86,8 +86,8 @@ class KeptColumns:
         return wanted, {self.keep_columns: "--keep-columns"}
 
     def among(self, names: Iterable[str], *, others: Collection[str], source: str) -> list[str]:
-        """Return which of the columns (`names`) of a source stay; of all, those that are not `others`.
-        Raises UserError for one that is not there.
+        """Return which of the columns (`names`) of a source are kept; with "all", those that are not
+        `others`. Raises UserError for one that is not there.
         """
         names = [name for name in names if name != ROW]
         ids = [] if self.id_column is None else [self.id_column]
@@ -104,7 +104,7 @@ class KeptColumns:
 
 
 def names_beside(kept: Sequence[str], own: Collection[str]) -> list[str]:
-    """Return the names under which columns stand beside our `own` ones, each of them once."""
+    """Return the names under which columns are kept beside our `own` ones, each of them once."""
     taken = [*own, *kept]
     names = []
     for name in kept:

@@ -83,7 +83,7 @@ def is_quoted(data: DataFile) -> bool:
         return True  # as the lines say, too, but in a tenth of the time
     unclosed = re.compile(r'(?:^|\t)"(?!(?:[^"\t]|"")*"(?:\t|$))')
     widths, is_plain = set(), False
-    for line in data.text(errors="replace"):  # what is not UTF-8 is said when it is read
+    for line in data.text(errors="replace"):  # what is not UTF-8 is reported when it is read
         line = line.rstrip("\r\n")
         if line:
             widths.add(line.count("\t"))

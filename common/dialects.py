@@ -1,6 +1,6 @@
 """How a table with a delimiter is written, and the names of its columns, as its beginning shows.
 
-Importing it is quick: a column that is not there is told before any library is loaded.
+Importing it is quick: a missing column is reported before any library is loaded.
 """
 
 import csv

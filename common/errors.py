@@ -202,7 +202,9 @@ def lacks_memory(error: BaseException) -> bool:
 
 
 def missing_package(error: BaseException | None) -> str | None:
-    """Return that a package is not installed, and what helps, if that caused an exception, else None."""
+    """Return the message that a package is not installed, and what helps, if that caused an exception, else
+    None.
+    """
     name = error.name if isinstance(error, ModuleNotFoundError) else None
     package = (name or "").partition(".")[0]
     if not package or package in (*sys.stdlib_module_names, "common") or find_spec(package) is not None:

@@ -76,7 +76,7 @@ def only_writer(path: Path, *, flag: str, wait: float = 0.0) -> Iterator[None]:
 
 
 def _acquire(lock: "filelock.BaseFileLock", seconds: float) -> bool:
-    """Take a lock, waiting for it at most so long; return whether it is held."""
+    """Take a lock, waiting for it at most this many seconds; return whether it is held."""
     import filelock
 
     with contextlib.suppress(filelock.Timeout):
@@ -130,9 +130,9 @@ def _open_at_once(path: str, flags: int) -> int:
 def member(folder: Path, name: object) -> Path:
     """Return the path of the regular file that a manifest in `folder` names, without opening it.
 
-    Raises ValueError, saying what is wrong, for anything but a relative name that stays within the
-    folder, also through links: a manifest from elsewhere could else have any file read, or a pipe
-    that never ends.
+    Raises ValueError, saying what is wrong, for anything but a relative name that stays within the folder,
+    also through links: a manifest from elsewhere could otherwise have any file read, or a pipe that never
+    ends.
     """
     shown = shorten(repr(name), 60)
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
@@ -289,10 +289,10 @@ def make_once(
 ) -> Path:
     """Return a folder of a cache, which has a manifest; make it first if it is not there.
 
-    `make` gets an empty folder to work in and returns the complete folder that it has made there.
-    `note` is said on stderr before. Two processes at once are safe: one makes the folder and the
-    other waits. Raises UserError, naming `source`, when the disk has less than `needed_bytes` bytes
-    free, and when the folder is damaged.
+    `make` gets an empty folder to work in and returns the complete folder that it has made there. `note` is
+    printed on stderr before that. Two processes at once are safe: one makes the folder and the other waits.
+    Raises UserError, naming `source`, when the disk has less than `needed_bytes` bytes free, and when the
+    folder is damaged.
     """
     if not folder.is_dir():
         import filelock  # takes a tenth of a second

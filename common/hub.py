@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import datasets
 
 CONNECT_SECONDS = 5.0
-COMMIT = re.compile(r"[0-9a-f]{40}")  # the whole number of one
+COMMIT = re.compile(r"[0-9a-f]{40}")  # the full hash of a commit
 FILES_IGNORED = ["onnx/*", "openvino/*"]  # the same weights for other libraries
 
 
@@ -64,8 +64,8 @@ def is_reachable() -> bool:
 def commit_of(
     name: str, *, kind: Literal["model", "dataset"], revision: str | None, cache_dir: str | None
 ) -> str | None:
-    """Return the whole number of the commit that a revision (None: the branch main) of a Hub's
-    model or data set was when the Hub was last asked; None for what does not come from there.
+    """Return the full hash of the commit that a revision (None: the branch main) of a Hub's model or data set
+    was when the Hub was last asked; None for what does not come from there.
     """
     if bundled.is_bundled(name) or Path(name).exists():
         return None
@@ -156,7 +156,7 @@ def _model_errors(name: str, *, flag: str, what: str, revision: str | None, othe
             f" the name (a private one needs `hf auth login`), or use {others}"
         ) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # said by fault_of_system
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # reported by fault_of_system
             raise
         raise UserError(
             f"{flag} {name}: can't be stored in the cache: {error.filename}: {error.strerror}; name"
@@ -237,8 +237,8 @@ def _dataset_errors(name: str, revision: str | None) -> Iterator[None]:
 
 
 def _dataset_commit(name: str, revision: str | None, cache_dir: str | None, *, reachable: bool) -> str | None:
-    """Return the commit that is meant by a branch, a tag or the beginning of its number: as the Hub
-    says, or as it was when it was last asked; None if it never was.
+    """Return the commit that is meant by a branch, a tag or the beginning of its hash: as the Hub says, or as
+    it was when it was last asked; None if it never was.
 
     Without the Hub the library would take whatever commit it has used last, so that one is made the
     last. Raises UserError for a revision of which nothing is known.
@@ -246,7 +246,7 @@ def _dataset_commit(name: str, revision: str | None, cache_dir: str | None, *, r
     import datasets
     import huggingface_hub
 
-    if reachable:  # a small file, beside which the library keeps what the revision means
+    if reachable:  # a small file: with it, the library stores what the revision means
         card = ["README.md"]
         huggingface_hub.snapshot_download(
             name, repo_type="dataset", revision=revision, cache_dir=cache_dir, allow_patterns=card

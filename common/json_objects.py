@@ -1,6 +1,6 @@
 """JSON -> objects: of a list, one per line, or over several lines.
 
-Importing it is quick: a column that is not there is told before any library is loaded.
+Importing it is quick: a missing column is reported before any library is loaded.
 """
 
 import json

@@ -92,8 +92,8 @@ class _BadValue(Exception):
 def _json_column(values: list, column: str, data: DataFile) -> pa.Array:
     """Return one column of a block.
 
-    Raises _BadValue for half of a character, and for a value of a column `as_text` that is neither
-    text nor a whole number beside values that are.
+    Raises _BadValue for half of a character, and for a value of a column `as_text` that is neither text nor a
+    whole number, where other values are.
     """
     try:
         return pa.array(values)

@@ -65,7 +65,7 @@ REDIRECTIONS = (
     ("tokenizer_config.json", "init_inputs"),
     *((file, "tokenizer_name_or_path") for file in SENTENCE_SETTINGS),
 )
-# settings that are a number of modules, such as num_hidden_layers, which Python builds one by one
+# settings that count modules, such as num_hidden_layers, which Python builds one by one
 PARTS = re.compile(r"(layers?|depths?|blocks?|block_sizes|block_repeats|groups|group_num)$")
 EXPERTS = re.compile(r"experts?$")  # lie one by one or in one tensor
 LABELS = ("num_labels", "_num_labels")

@@ -27,11 +27,11 @@ from common.errors import Interrupted, UserError, one_line
 PROJECT = Path(__file__).resolve().parent.parent
 # most models; GPT-2; MPT
 POSITION_OPTIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-# A model may have this many numbers for each one in its files: packed weights hold 8 in one.
-# And so many more: a new head, tables that are computed.
+# A model may have this many numbers for each one in its files: packed weights hold 8 in one. And this many in
+# addition: a new head, tables that are computed.
 NUMBERS_PER_SAVED, MORE_NUMBERS = 8, 50_000_000
 
-# What matters of the library's warnings is checked and said here.
+# What matters of the library's warnings is checked and reported here.
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -54,9 +54,8 @@ def load_model(
     """Return a model in evaluation mode, and the names of the tensors that its files lack and that
     are therefore new: those of its head.
 
-    Raises UserError when anything else is new, so that no part of a pretrained model is a random
-    number without a word; when a weight is not finite; when the configuration does not fit the
-    weights.
+    Raises UserError when anything else is new, so that no part of a pretrained model is silently replaced by
+    random numbers; when a weight is not finite; when the configuration does not fit the weights.
     """
     _check_size(auto_class, config, folder, name=name)
     model, report = load(
@@ -256,7 +255,7 @@ def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, name:
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """Return the most tokens that a model takes at once, None if nothing limits it.
+    """Return the maximum number of tokens that a model takes at once, None if nothing limits it.
 
     RoBERTa and models like it number positions from the padding id + 1, so 514 embeddings hold 512
     tokens.

@@ -25,7 +25,7 @@ from common.model_files import ADAPTER_PICKLE, ADAPTER_WEIGHTS, PICKLE, PICKLED_
 
 PROJECT = Path(__file__).resolve().parent.parent
 CONVERT = "import sys; from common import pickled_weights; sys.exit(pickled_weights.convert(*sys.argv[1:]))"
-# the address space of that process: what PyTorch takes, so many times the file, and so much more
+# the address space of that process: what PyTorch takes, TIMES_THE_FILE times the file, and MORE_BYTES
 TIMES_THE_FILE, MORE_BYTES = 4, 1 << 30
 
 
@@ -102,7 +102,7 @@ def _make_once(
 
 
 def _is_copied(path: Path) -> bool:
-    """Return whether a library may read a file of a model beside its pickled weights."""
+    """Return whether a library may read a file of a model in addition to its pickled weights."""
     patterns = (*model_files.JSON_TYPES, *model_files.OTHER_FILES, "*.json", "*.txt")
     is_pickled = fnmatch.fnmatch(path.name, "*.bin") or path.name == PICKLED_LIST
     is_wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)

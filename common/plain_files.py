@@ -24,11 +24,11 @@ from common.errors import NOT_UTF8, Fault, UserError, one_line
 from common.sources import FileOptions
 
 STREAM_BYTES, STREAM_LINES = 4 << 30, 10_000_000  # of a stream; a longer one may have no end
-# what a compressed file may become: any size up to the first, and then so many times its own, which
-# no texts are
+# how large a compressed file may become: any size up to the first; beyond it, this many times its own size,
+# which no texts reach
 ANY_SIZE, TIMES_ITS_SIZE = 256 << 20, 200
 SECONDS_FOR_A_PIPE = 10
-# how files begin that are no text -> what they are, and the way out
+# how files that are not text begin -> what they are, and the way out
 SAVE_AS_CSV = "save its table as .csv"
 BINARY_FILES = {
     b"PK\x03\x04": ("a zip archive or an Office file", f"unpack it, or {SAVE_AS_CSV}"),

@@ -681,7 +681,7 @@ def _read_class_folders(root: Path, encoding: str | None, faults: list[Fault] | 
 
 
 def _note_unread(folder: Path, found: list[Path], *, what: str) -> None:
-    """Say what else is in a folder, but for what tells about it."""
+    """Say what else is in a folder, except the files that describe it."""
     others = [path for path in entries_of(folder) if path not in found]
     others = [path for path in others if not path.name.lower().startswith(("readme", "licen"))]
     if others:

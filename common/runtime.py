@@ -76,7 +76,7 @@ class Runtime:
         self.write(terminal.prose(" ".join(map(str, parts))))
 
     def write(self, line: str) -> None:
-        """Print a line so, as it is: for another program."""
+        """Print a line as `say` does, but unchanged: for another program."""
         if self.is_main:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
@@ -254,7 +254,7 @@ def start_runtime(device: str, precision: str, seed: int) -> Runtime:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if store is not None and world_size > 1:
-        # gloo beside NCCL: counts stay on the CPU, without waiting for the GPU
+        # gloo in addition to NCCL: counts stay on the CPU, without waiting for the GPU
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         _join_processes(store, rank, world_size, backend)
     keep_large_blocks()

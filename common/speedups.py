@@ -189,7 +189,7 @@ def _first_of_bert(
 ) -> torch.Tensor:
     """Return the hidden state (B, 1, width) of the first token after a layer of a BertModel.
 
-    What transformers passes beside `hidden` (B, T, width) and `mask` concerns decoders.
+    What transformers passes in addition to `hidden` (B, T, width) and `mask` concerns decoders.
     """
     first, attention = hidden[:, :1], layer.attention.self
     attended = _attend_from_first(

@@ -29,16 +29,16 @@ def width(stream: TextIO | None = None) -> int | None:
 
 
 def room(columns: int) -> int:
-    """Return how much of a text a table gets: in a file so many columns; on a terminal as much as
-    `table` may find room for.
+    """Return how much of a text a table gets: in a file `columns` columns; on a terminal the whole width, of
+    which `table` gives it what is left.
     """
     return width() or columns
 
 
 def cut(text: str, columns: int, end: int | None = None) -> str:
-    """Return a text as one line of at most so many columns of a terminal, in which a character of
-    Chinese takes two and an accent none. A longer one ends with "...", after the characters that
-    fit, or after `end` columns.
+    """Return a text as one line of at most `columns` columns of a terminal, in which a character of Chinese
+    takes two and an accent none. A longer one ends with "...", after the characters that fit, or after `end`
+    columns.
     """
     import wcwidth
 
@@ -84,8 +84,8 @@ def _wrapped(line: str, columns: int) -> str:
 
 def _held(line: str, columns: int = 0) -> str:
     """Return a line in which a number is held to the word before it and to a "%" behind it, an interval
-    together, as in "accuracy 0.9167 [0.7500, 1.0000]", and a word to the one with a colon before it, if
-    both fit into so many columns.
+    together, as in "accuracy 0.9167 [0.7500, 1.0000]", and a word to the one with a colon before it, if both
+    fit into `columns` columns.
     """
     first, *others = line.split(" ")
     parts, before = [first], first

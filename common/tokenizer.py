@@ -46,9 +46,8 @@ class Tokens(dict[str, list]):
 class Tokenizer:
     """A tokenizer of the `tokenizers` library, called as transformers' tokenizers are.
 
-    `special_tokens_map` is role -> token, such as "pad_token" -> "[PAD]";
-    `model_input_names` the columns that the model takes; `model_max_length` the most
-    tokens of a text, special ones included.
+    `special_tokens_map` is role -> token, such as "pad_token" -> "[PAD]"; `model_input_names` the columns
+    that the model takes; `model_max_length` the maximum number of tokens of a text, special ones included.
     """
 
     is_fast = True  # what transformers says of a tokenizer of that library

@@ -1,10 +1,10 @@
-"""LoRA adapters (Hu et al. 2021) of other trainings: read from their folder, put into a language
-model by peft, and merged into its weights, so that each token costs what it costs without.
+"""LoRA adapters (Hu et al. 2021) that were trained elsewhere: read from their folder, put into a language
+model by peft, and merged into its weights, so that a token takes no longer than without an adapter.
 
-peft knows the variants (DoRA, rank-stabilised scales, ranks of single layers, whole modules) and is
-the oracle of `--check`. It reads neither the files nor the settings itself: those are read here,
-and a setting that is not known here is refused. Importing peft takes seconds, so that this file is
-imported only where there is an adapter.
+peft knows the variants (DoRA, rank-stabilised scales, ranks of single layers, whole modules) and is the
+oracle of `--check`. It reads neither the files nor the settings itself: those are read here, and a setting
+that is not known here is refused. Importing peft takes seconds, so this file is imported only where there is
+an adapter.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ TAKEN = (
     *("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out"),
     *("bias", "lora_bias", "modules_to_save"),
 )
-# settings that matter in a training only, or that describe the adapter
+# settings that matter only during training, or that describe the adapter
 WITHOUT_EFFECT = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
     *("auto_mapping", "lora_dropout", "eva_config", "loftq_config", "megatron_core", "runtime_config"),
 )
-# what a training may begin with; all others (PiSSA, OLoRA, CorDA, LoftQ) also change the model itself
+# initializations of adapters; all others (PiSSA, OLoRA, CorDA, LoftQ) also change the model itself
 BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -54,7 +54,7 @@ class Adapter:
 
     @property
     def made_for(self) -> str:
-        """The name of the model that it says it was trained for, "" if it says none."""
+        """The name of the model that it was trained for, according to its settings; "" if they name none."""
         return str(self.settings.get("base_model_name_or_path") or "")
 
 
@@ -78,7 +78,8 @@ def find(name: str, *, cache_dir: str | None) -> Adapter:
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, *, name: str) -> peft.PeftModel:
-    """Return a language model with an adapter beside its weights: the model itself gets peft's layers.
+    """Return a language model with an adapter that is not merged: peft's layers are put into the model
+    itself.
 
     Raises UserError for an adapter that does not fit the model, of which `name` is the name.
     """
@@ -111,8 +112,8 @@ def _errors(adapter: Adapter) -> contextlib.AbstractContextManager[None]:
 def first_problem(
     tensors: dict[str, Tensor], needed: dict[str, Tensor], allowed: dict[str, Tensor]
 ) -> str | None:
-    """Return in what the tensors of a file differ from those that a model needs, None if in
-    nothing; `allowed` has more, whole embeddings, which may be there.
+    """Return the first way in which the tensors of a file differ from those that a model needs, None if there
+    is none. In addition to these, `allowed` has the whole embeddings that a file may hold.
     """
     for key, tensor in tensors.items():
         if key not in allowed:
@@ -126,7 +127,7 @@ def first_problem(
 
 
 def tied_layer(model: PreTrainedModel) -> str | None:
-    """Return that a layer with an adapter shares its weights with another one, None if none does:
+    """Return the message that a layer with an adapter shares its weights with another one, None if none does:
     what is merged into one would change the other.
     """
     named = model.named_parameters(remove_duplicate=False)

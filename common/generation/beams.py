@@ -26,13 +26,13 @@ IMPOSSIBLE = -1e9  # a score below those of all texts
 
 @dataclass(frozen=True)
 class Beams:
-    """How a beam search goes."""
+    """The settings of a beam search."""
 
     size: int  # N: texts that grow side by side
     # a text's score is the sum of its log-probabilities, divided by its length to this power
     length_penalty: float = 1.0
-    # True: it ends when N texts have ended; False: when no running text would beat the worst of
-    # them at its length of now; "never": at the length that is best for it
+    # True: it ends when N texts have ended; False: when no running text would beat the worst of them at its
+    # present length; "never": at the length that is best for it
     early_stopping: bool | Literal["never"] = False
 
 
@@ -66,7 +66,7 @@ class BeamSearch:
         )
         device = batch.ids.device
         end_ids = torch.tensor(settings.end_ids, dtype=torch.long, device=device)
-        # so many candidates that N of them go on, even if all N beams can end with each end token
+        # enough candidates for N of them to go on, even if all N beams can end with each end token
         num_candidates = max(2, 1 + len(end_ids)) * size
         scores = torch.full((len(self.finished), size), IMPOSSIBLE, device=device)  # (P, N)
         scores[:, 0] = 0  # the beams of a prompt are still equal: only the first one counts

@@ -76,8 +76,8 @@ def choose_template(language_model: LanguageModel, wanted: str | None, options: 
 
 
 def try_to_render(conversations: list[list[Message]], template: Template) -> list[str | UserError]:
-    """Return the text of each conversation, up to where the next answer starts, or why the template
-    does not write it; an answer that is the last message is begun, and goes on there.
+    """Return the text of each conversation, up to where the next answer starts, or why the template does not
+    write it; if the last message is an answer, that is its beginning, and the text ends with it.
 
     A child process renders them, because only the operating system can stop a template that
     computes `10 ** 10 ** 10`. Raises UserError when the template breaks a limit.
@@ -104,7 +104,7 @@ def try_to_render(conversations: list[list[Message]], template: Template) -> lis
 
 
 def _failure(template: Template, reason: str, messages: list[Message]) -> UserError:
-    """Return that a template does not write a conversation, why, and what may help."""
+    """Return the error that a template does not write a conversation, with the reason and what may help."""
     helps = {
         "leave --system out": messages[0]["role"] == "system",
         "leave --prefill out": is_begun(messages),
@@ -116,10 +116,10 @@ def _failure(template: Template, reason: str, messages: list[Message]) -> UserEr
 
 
 def _render_and_exit(conversations: list[list[Message]], template: Template, writer: int) -> None:
-    """Write a line of JSON for each conversation into a pipe, and end this process, which has the
-    limits of a template.
+    """Write a line of JSON for each conversation into a pipe, and end this process, to which the limits of a
+    template apply.
     """
-    # a model that is garbage would stop its threads, which a fork does not copy
+    # collecting a model that is garbage would stop its threads, which a fork does not copy
     gc.freeze()
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -165,7 +165,7 @@ def cut_at_mark(text: str, begun: str) -> dict[str, str]:
 
 
 def unread_options(template: Template, environment: jinja2.Environment) -> str:
-    """Return that a template reads none of its options of some name, "" if it reads all."""
+    """Return the message that a template does not read one of its options, "" if it reads all."""
     import jinja2.meta
 
     if not template.options:

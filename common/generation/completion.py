@@ -123,14 +123,14 @@ class Prompt:
     ids: list[int]
     messages: list[Message] | None = None
     problem: str = ""
-    cells: dict[str, Any] = field(default_factory=dict)  # that stay beside its texts
+    cells: dict[str, Any] = field(default_factory=dict)  # of the columns that are kept with its texts
 
 
 @dataclass
 class Completion:
     """One generated text.
 
-    `finish_reason` is "end" (an end token), "stop" (a stop string), "length" (the most tokens) or
+    `finish_reason` is "end" (an end token), "stop" (a stop string), "length" (`max_new_tokens` reached) or
     "refused" (a prompt that can't be used).
     """
 
@@ -158,8 +158,8 @@ class Completion:
         return self.stream.stopped
 
     def mark_whole(self, settings: Settings) -> None:
-        """Let the text count as ended if it has the most tokens and satisfies its constraint: only its
-        end token is missing.
+        """Let the text count as ended if it has reached `max_new_tokens` and satisfies its constraint: only
+        its end token is missing.
         """
         if settings.constraint is None or self.finish_reason != "length":
             return
@@ -202,10 +202,10 @@ class Timing:
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    decode_tokens: int = 0  # new_tokens but the first of each text, the prefill's
+    decode_tokens: int = 0  # new_tokens without the first of each text, which belongs to the prefill
     first_token_seconds: float = 0.0  # in the first batch
     num_texts: int = 0
-    num_cut: int = 0  # texts that ended because they had the most tokens
+    num_cut: int = 0  # texts that ended because they reached `max_new_tokens`
     num_guessed: int = 0  # by prompt lookup
     num_accepted: int = 0
     # of the batch that is being generated
@@ -254,7 +254,7 @@ class Options:
     num_samples: int = 1
     stops: tuple[str, ...] = ()
     num_logprobs: int | None = None
-    lookup: int = 0  # guess up to so many tokens ahead
+    lookup: int = 0  # the maximum number of tokens to guess at once; 0: no prompt lookup
     beams: Beams | None = None  # search for the likeliest texts
 
 
@@ -370,7 +370,7 @@ class Run:
 
 
 def memory_advice(num_rows: int) -> str:
-    """Return what to say where memory runs out while so many texts are generated."""
+    """Return what to say where memory runs out while `num_rows` texts are generated together."""
     if num_rows == 1:
         texts, helps = "the text", "--max-new-tokens, or name a smaller model"
     else:

@@ -1,9 +1,8 @@
 """Constraints on texts (guided decoding): one of several choices, or what a regular expression or a
 schema of JSON describes.
 
-At each step, a constraint tells which tokens may follow the new tokens of a text; all others are
-removed before the draw (`keep_allowed` in sampling.py). At the end of what is allowed, only end tokens
-may.
+At each step, a constraint tells which tokens may follow the new tokens of a text; all others are removed
+before the draw (`keep_allowed` in sampling.py). Where a text can't go on, only end tokens are allowed.
 """
 
 from __future__ import annotations
@@ -83,8 +82,8 @@ class Grammar:
     shown: str  # how messages name it
 
     def start(self) -> Callable[[list[int]], Tensor]:
-        """Return a function for one text: its new tokens -> a mask (V) of the tokens that may follow.
-        It raises UserError where llguidance needs too much to find out.
+        """Return a function for one text: its new tokens -> a mask (V) of the tokens that may follow. It
+        raises UserError where finding out exceeds a limit of llguidance.
         """
         matcher, known = self.make_matcher(), []
 
@@ -98,7 +97,7 @@ class Grammar:
             known.extend(following)
             matcher.consume_tokens(following)
             bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)  # eight tokens in each
-            if matcher.is_error():  # a limit on what it may take to walk on
+            if matcher.is_error():  # finding out exceeded one of its limits
                 raise UserError(f"{self.shown}: {_reason(matcher)}; ask for something simpler")
             allowed = np.unpackbits(bits, bitorder="little")[: self.vocabulary]
             return torch.from_numpy(allowed).bool()
@@ -107,8 +106,8 @@ class Grammar:
 
 
 class Constraints:
-    """Makes the constraints of many texts of a model: what grammars need of its vocabulary, which takes
-    half a second, is made once.
+    """Makes the constraints of a model's texts. What grammars need to know of its vocabulary is made only
+    once, because that takes half a second.
     """
 
     def __init__(self, language_model: LanguageModel) -> None:
@@ -147,9 +146,8 @@ class Constraints:
         return self._grammar("regex", grammar, end_ids, shown, advice)
 
     def json(self, schema: Mapping[str, Any], end_ids: tuple[int, ...]) -> Grammar:
-        """Return the constraint of a text that is JSON of a schema. Raises UserError for a schema
-        with what llguidance does not know, whose keywords it would otherwise have to ignore, and as
-        `make_tokenizer`.
+        """Return the constraint of a text that is JSON of a schema. Raises UserError for a schema with
+        keywords that llguidance does not know and would have to ignore, and as `make_tokenizer`.
         """
         from llguidance import LLMatcher
 
@@ -176,7 +174,7 @@ class Constraints:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """Return why llguidance goes no further, without the state that it prints."""
+    """Return why llguidance has stopped, without the state that it prints."""
     return one_line(ValueError(re.split(r"\n\n|\n<state>", matcher.get_error())[0]))
 
 

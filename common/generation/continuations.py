@@ -34,8 +34,8 @@ ADVICE = 'write {"prompt": "...", "choices": ["...", "..."], "answer": 0}; answe
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, texts that may follow it, the number of the right one, from 0, if known, and what
-    stays beside them.
+    """A prompt, texts that may follow it, the number of the right one (from 0) if it is known, and the cells
+    of the columns that are kept.
     """
 
     prompt: str
@@ -87,9 +87,9 @@ MEASURES = {
 
 
 def read_file(name: str, *, encoding: str | None, kept: KeptColumns) -> list[Question]:
-    """Return the questions of a JSONL file, or of standard input ("-"), with the columns that are `kept`
-    beside them. Raises UserError, naming the line, for what is no question, and for a column that is
-    not there.
+    """Return the questions of a JSONL file, or of standard input ("-"), with the columns to keep (`kept`).
+    Raises UserError, naming the line, for anything that is not a question, and for a column that is not
+    there.
     """
     lines, source = reading.read_lines(name, encoding=encoding), plain_files.source_name(name)
     named = [(line, f"{source}, line {number}") for number, line in enumerate(lines, start=1)]

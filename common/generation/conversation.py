@@ -107,7 +107,7 @@ class Chat:
         self.keep_turn(turn)
 
     def keep_turn(self, turn: Turn) -> None:
-        """Add a question and what was said of its answer to the conversation."""
+        """Add a question, and what was generated of its answer, to the conversation."""
         turn.answer.finish()
         text = self.format.prefill + turn.answer.text
         self.messages = [*turn.messages, {"role": "assistant", "content": text}]
@@ -132,7 +132,7 @@ class Chat:
         self.cache = self.run.language_model.model.new_cache()
 
     def _reusable_cache(self, ids: list[int]) -> Cache:
-        """Return a cache of as many of the first tokens as are the same as before."""
+        """Return a cache of the first tokens, as far as they are the same as before."""
         num_same = 0
         for new, cached in zip(ids, self.cached_ids):
             if new != cached:
@@ -228,7 +228,7 @@ class Console:
             return False
         import readline
 
-        readline.set_auto_history(False)  # a yes is nothing to type again
+        readline.set_auto_history(False)  # a yes does not belong in the history
         try:
             return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
         except (EOFError, KeyboardInterrupt):
@@ -239,7 +239,7 @@ class Console:
 
 
 def carry_out(name: str, text: str, chat: Chat, console: Console) -> str | None:
-    """Carry out a command; return the message that is to be answered next, if it is for that.
+    """Carry out a command; return the message that is to be answered next, if the command asks for one.
 
     Raises UserError for one that does not exist, that needs a text or takes none, and for a file
     that can't be used.
@@ -274,7 +274,7 @@ def carry_out(name: str, text: str, chat: Chat, console: Console) -> str | None:
 
 
 def after_interruption(chat: Chat) -> None:
-    """Let the user keep what was said of the answer that Ctrl-C has ended; else it is forgotten."""
+    """Let the user keep the part of an answer that came before Ctrl-C; otherwise the turn is forgotten."""
     say("")
     turn = chat.turn
     if turn is not None and turn.answer.token_ids and Console().confirm("keep what was said?"):

@@ -1,9 +1,10 @@
 """What the decode loop in generate.py is made of: the batch, prefill, step.
 
-Three things go wrong in batched decoding, and each has a name here: the attention mask hides the
-padding, the positions count a row's own tokens (transformers #18478, #29419), and the cache holds
-what was computed before. `prefill` reads all prompts at once and `step` one token per row. Both call
-the model's `forward`: that of transformers (library.py), or the step in C (fast_decoding.py).
+Batched decoding goes wrong in three ways: the model attends to padding (prevented by `Batch.mask`),
+positions are counted from the padding instead of the text (prevented by `Batch.starts`; transformers
+#18478, #29419), or tokens that were already read are computed again (prevented by `Batch.cache`).
+`prefill` reads all prompts at once and `step` one token per row. Both call the model's `forward`: that
+of transformers (library.py), or the step in C (fast_decoding.py).
 
 Shapes: B rows (texts), T columns (tokens so far), V tokens in the vocabulary.
 """

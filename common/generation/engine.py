@@ -43,7 +43,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a token adds to a text, and with its last one that it has ended."""
+    """What a token adds to a text, and whether it is the last one."""
 
     text: str
     logprobs: list[dict]
@@ -165,8 +165,8 @@ class Engine:
             self.group = self._tried(jobs, self.go_on, fresh)
 
     def _tried(self, jobs: list[Job], act: Callable[..., Any], given: object) -> Any:
-        """Return what a function returns; whatever it raises is told to these jobs, and ends their
-        texts and not the server.
+        """Return what a function returns; whatever it raises is passed on to these jobs, and ends their texts
+        but not the server.
         """
         try:
             return act(given)
@@ -178,9 +178,10 @@ class Engine:
             return None
 
     def _take(self) -> list[Job]:
-        """Return the jobs that begin now, in the order in which they came: as many as there is
-        memory for beside those that are being generated, and with a library's model only when none
-        is, and if their columns, longest prompt and longest text together, fit into the context.
+        """Return the jobs that begin now, in the order in which they came: as many as there is memory for in
+        addition to those that are being generated. With a library's model, they begin only when none is being
+        generated, and only as many as fit into the context together: their columns are those of the longest
+        prompt plus the longest rest of a text.
         """
         running = [self.group.jobs[row] for row in self.group.going_on] if self.group else []
         taken: list[Job] = []
@@ -227,9 +228,9 @@ class Engine:
         return group
 
     def choose(self, group: Group) -> list[int]:
-        """Return the next token of each text, the padding id where it has ended: also where its
-        sampler fails, as over a form that takes too long. Raises UserError when the model's logits
-        are not numbers.
+        """Return the next token of each text, the padding id where it has ended: also where its sampler
+        fails, such as by a constraint that takes too long. Raises UserError when the model's logits are not
+        numbers.
         """
         batch, logits = group.batch, group.logits
         chosen = torch.full((len(logits),), self.model.pad_id, device=logits.device)

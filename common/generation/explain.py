@@ -112,8 +112,8 @@ def library_processors(
 
 
 def library_model(language_model: LanguageModel) -> PreTrainedModel:
-    """Return the model of transformers: for one that the step in C computes, the library's over the
-    same weights, widened to fp32; in fp32, with an adapter beside the weights, as peft computes it.
+    """Return the model of transformers: for one that the step in C computes, the library's over the same
+    weights, widened to fp32; in fp32, with an adapter that is not merged, as peft computes it.
     """
     from common.generation import library
 

@@ -7,7 +7,8 @@ time (docs/benchmarks.md). It is not used before it has computed what the refere
 a small model of every kind of weights, once after it was compiled, and with the first layer of each
 model that is loaded.
 
-Shapes: B texts, T columns, V tokens in the vocabulary.
+Shapes: B texts, T columns of the cache, V tokens in the vocabulary; L layers, K heads of D numbers for
+keys and values; R tokens, which are the rows of a step.
 """
 
 import ctypes
@@ -33,19 +34,19 @@ if TYPE_CHECKING:  # which imports this file
     from common.generation.decoding import Batch
 
 SOURCE = Path(__file__).with_name("decoder.c")
-MAX_ROWS = 128  # of decoder.c
-WIDE_COLUMNS = 17  # a prompt of so many tokens is read with weights widened to fp32,
-MANY_ROWS = 10  # and so is a step of so many rows, where the weights are groups
-LARGEST_DIFFERENCE = 1e-3  # between two logits of the self-check; usual is 1e-5
-CHECKED_TOKENS = 64  # whose logits are compared when a model is loaded
-PATIENCE = 3.0  # seconds after which a bar shows how far a prompt is read
-ROOM = 256  # a cache grows by so many columns
+MAX_ROWS = 128  # the largest number of rows that decoder.c takes in one step
+WIDE_COLUMNS = 17  # prompts of at least this many tokens are read with weights widened to fp32
+MANY_ROWS = 10  # and so are steps of at least this many rows, where the weights are 4-bit or 8-bit groups
+LARGEST_DIFFERENCE = 1e-3  # between a logit of decoder.c and of the reference; 1e-5 is usual
+CHECKED_TOKENS = 64  # the number of tokens whose logits are compared when a model is loaded
+PATIENCE = 3.0  # seconds before a bar shows how much of a prompt has been read
+ROOM = 256  # the number of columns of a cache is rounded up to a multiple of this
 
 
 @functools.cache
 def load_library(cache_dir: str | None) -> ctypes.CDLL:
-    """Return the compiled decoder.c. Raises what `compiler.load` raises, and NotSupported when what it
-    has compiled computes something else than `reference_step`.
+    """Return the compiled decoder.c. Raises what `compiler.load` raises, and NotSupported when what it has
+    compiled computes something other than `reference_step`.
     """
     return compiler.load(SOURCE, cache_dir, declare=_declare, check=check_library)
 
@@ -159,7 +160,7 @@ class PreallocatedCache:
     """Keys and values, (L, B, K, T, D), with room for more columns than are in use, as decoder.c
     fills them.
 
-    It has what the decoder calls of transformers' caches. A sliding window forgets nothing here:
+    It has those methods of transformers' caches that decoding calls. A sliding window forgets nothing here:
     what it can't see is masked.
     """
 
@@ -171,8 +172,8 @@ class PreallocatedCache:
 
     @classmethod
     def of_texts(cls, texts: list[tuple["PreallocatedCache", int, int]], columns: int) -> "PreallocatedCache":
-        """Return a cache with a copy of texts of other ones, with room for so many columns: of
-        each, its cache, its row there and its first column. All end at the same column.
+        """Return a cache with room for `columns`, which holds copies of texts of other caches: each is
+        given by its cache, its row and its first column there. All end at the same column.
         """
         num_layers, _, num_heads, _, head_dim = texts[0][0].keys.shape
         cache = cls(num_layers, num_heads, head_dim)
@@ -199,7 +200,7 @@ class PreallocatedCache:
         self.length += tokens_to_remove
 
     def activate_past_recording(self) -> None:
-        """Nothing is forgotten in any case."""
+        """Do nothing: no column is ever forgotten."""
 
     def reorder_cache(self, rows: Tensor) -> None:
         """Let each text go on from the columns of another one, `rows` (B): for beam search."""
@@ -207,10 +208,10 @@ class PreallocatedCache:
             setattr(self, name, getattr(self, name)[:, rows])
 
     def reserve(self, texts: int, columns: int) -> None:
-        """Make room for so many texts and columns; what is there is kept."""
+        """Make room for this many texts and columns; what is there is kept."""
         if self.keys.shape[1] == texts and self.capacity >= columns:
             return
-        columns = -(-columns // ROOM) * ROOM
+        columns = math.ceil(columns / ROOM) * ROOM
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = torch.empty(old.shape[0], texts, old.shape[2], columns, old.shape[4])
@@ -223,10 +224,10 @@ class PreallocatedCache:
 
 
 class CompiledModel:
-    """A model that decoder.c computes, with what decoding asks of any model."""
+    """A model that decoder.c computes, with what decoding needs from any model."""
 
     is_compiled = True
-    device, dtype = torch.device("cpu"), torch.float32  # also over weights of fewer bits
+    device, dtype = torch.device("cpu"), torch.float32  # also with weights of fewer bits
     reads_padding = False  # no text of a batch depends on the lengths of the others
 
     def __init__(self, model: Transformer, kernel: Kernel) -> None:
@@ -265,7 +266,7 @@ class CompiledModel:
 
     @property
     def cache_bytes(self) -> int:
-        """The memory of a token's keys and values."""
+        """The bytes that the keys and values of a token take."""
         model = self.transformer
         return 2 * len(model.layers) * model.num_key_value_heads * model.head_dim * self.dtype.itemsize
 
@@ -338,8 +339,8 @@ class CompiledModel:
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
     """Yield the beginning and the length of each block of tokens that the step in C takes at a time.
 
-    A long prompt takes minutes: on a terminal, a bar then shows how far it is read, and vanishes at
-    its end. A server's thread, which is not the main one, draws nothing.
+    A long prompt takes minutes: on a terminal, a bar then shows how much of it has been read, and vanishes at
+    the end. A server's thread, which is not the main one, draws nothing.
     """
     if length <= MAX_ROWS:  # as every step after the prompt
         yield 0, length

@@ -20,7 +20,8 @@ from torch import Tensor
 from common.generation import sampling
 from common.generation.sampling import Sampler, Settings
 
-# The exact draw, without top-k: it looks at about so many tokens, and then at more.
+# Without top-k, the exact draw looks at about TRIES[0] tokens, at TRIES[1] if these do not suffice, and then
+# at the whole vocabulary.
 TRIES = (128, 1024)
 GROUP = 32  # tokens in a group whose maximum tells whether any of them can be a candidate
 # The independent draw: the number of candidates without top-k; with it, k + TIES

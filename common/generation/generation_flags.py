@@ -1,6 +1,6 @@
 """The flags of generate.py, and what they and the files that they name show at once.
 
-Importing it is quick: a mistake is said before PyTorch is loaded.
+Importing it is quick: mistakes are reported before PyTorch is loaded.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def add_sampling_flags(parser: cli.Parser) -> None:
     add("--epsilon-cutoff", type=fraction, help="keep tokens that are at least this likely")
     help_text = "as --epsilon-cutoff, but lower where the distribution is flat"
     add("--eta-cutoff", type=fraction, help=help_text)
-    help_text = "keep tokens at most so many standard deviations of all logits below the highest"
+    help_text = "keep tokens whose logit is at most this many standard deviations below the highest"
     add("--top-n-sigma", type=non_negative_float, metavar="N", help=help_text)
     help_text = "so often, leave out all tokens above --xtc-threshold but the least likely of them"
     add("--xtc-probability", type=probability, help=help_text)
@@ -143,7 +143,7 @@ def add_end_flags(parser: cli.Parser) -> None:
     add("--regex", metavar="PATTERN", help="the text matches this regular expression as a whole")
 
     add = parser.add_argument_group("end of a text").add_argument
-    add("--max-new-tokens", type=positive_int, default=200, help="the most tokens of a text")
+    add("--max-new-tokens", type=positive_int, default=200, help="the maximum number of new tokens of a text")
     help_text = "no end token before this many tokens; a stop string still ends the text"
     add("--min-new-tokens", type=non_negative_int, default=0, help=help_text)
     help_text = r"end before this text; \n is a line break, \t a tab, \\ a backslash; may be repeated"
@@ -204,7 +204,7 @@ def add_other_work_flags(parser: cli.Parser) -> None:
     add("--request-seconds", type=positive_duration, default=600.0, help=help_text)
 
 
-ESCAPED = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}  # what nobody can type as it is
+ESCAPED = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}  # characters that can't be typed as they are
 
 
 def unescape(text: str) -> str:
@@ -243,7 +243,7 @@ def token_and_number(text: str) -> str:
 
 LIBRARY_DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 DRAWING = (*LIBRARY_DRAWING, "top_n_sigma", "xtc_probability")  # any of them given: not greedy
-RECORDED = (  # with DRAWING, what a text depends on beside its prompt, the model and the seed
+RECORDED = (  # with DRAWING, what a text depends on besides its prompt, the model and the seed
     "xtc_threshold repetition_penalty presence_penalty frequency_penalty no_repeat_ngram_size"
     " logit_bias ban_words use_model_defaults sampler lookup num_beams length_penalty early_stopping"
     " choices regex max_new_tokens min_new_tokens stop end_token num_samples batch_size logprobs"
@@ -337,8 +337,8 @@ DEFAULT_WINDOW = 1024  # tokens
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that contradict each other, and for texts and files that can't be
-    used as far as the file system shows: before any library is loaded.
+    """Raise UserError for flags that contradict each other, and, as far as the file system shows, for texts
+    and files that can't be used: before any library is loaded.
     """
     check_combinations(given_flags(args))
     check_ranges(args)
@@ -380,9 +380,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_files(args: argparse.Namespace) -> None:
-    """Raise UserError for a file that is no text, and for a column that it lacks, as its beginning
-    shows.
-    """
+    """Raise UserError for a file that is not text, and for a column that it lacks, as its beginning shows."""
     options = cli.file_options(args)
     if args.prompts_file is not None:
         prompts.check_columns(args.prompts_file, prompt_config(args))

@@ -39,11 +39,11 @@ class LanguageModel:
     """A model, its tokenizer, and how a text ends with them."""
 
     name: str
-    model: TransformersModel | CompiledModel  # both have what decoding asks of a model
+    model: TransformersModel | CompiledModel  # both have what decoding needs from a model
     tokenizer: PreTrainedTokenizerBase | Tokenizer
     end_ids: tuple[int, ...]  # each of them ends a text; () if none does
     pad_id: int
-    context: int | None  # the most tokens that fit; None if nothing limits it
+    context: int | None  # the maximum number of tokens of a text; None if nothing limits it
     backend: str = "PyTorch"  # what computes, for the summary
     folder: Path = Path()
     # of a compiled model as stored, by name; an adapter is merged into others
@@ -71,8 +71,8 @@ class Loading:
     """Options of loading a model."""
 
     weights: Weights = "auto"
-    # False: --precision asks for 16 bits, so that activations are rounded too
-    in_fp32: bool = True
+    # False: --precision names 16 bits, in which decoder.c does not compute
+    may_compute_in_fp32: bool = True
     may_compile: bool = True  # False: transformers computes, whatever the model
     adapter: str | None = None  # a LoRA adapter that is merged into them
 
@@ -82,11 +82,12 @@ def load(
 ) -> LanguageModel:
     """Return a causal language model on the runtime's device.
 
-    On a CPU, a model that decoder.c covers keeps its weights as its file stores them, and computes
-    with them in fp32; all others have weights in the runtime's precision. Raises UserError if it
-    cannot be loaded or is of another kind.
+    On a CPU, decoder.c computes in fp32. Its weights stay as their file stores them, unless `--weights`
+    names another type, or the runtime's precision is bf16 and the file is not GGUF (`wanted_dtype`).
+    All other models have weights in the runtime's precision, or in the type that `--weights` names.
+    Raises UserError if the model cannot be loaded or is of another kind.
     """
-    loading = loading or Loading(in_fp32=runtime.precision == "fp32")
+    loading = loading or Loading(may_compute_in_fp32=runtime.precision == "fp32")
     folder = stored_weights.model_folder(name, cache_dir)
     adapter = find_adapter(loading.adapter, cache_dir)
     try:
@@ -160,7 +161,7 @@ def start_kernel(runtime: Runtime, loading: Loading, cache_dir: str | None) -> K
         raise NotSupported("--plain-step")
     if runtime.device.type != "cpu":
         raise NotSupported(runtime.device.type)
-    if not loading.in_fp32:
+    if not loading.may_compute_in_fp32:
         raise NotSupported(f"--precision {runtime.precision}")
     return Kernel(fast_decoding.load_library(cache_dir), torch.get_num_threads())
 

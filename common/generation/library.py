@@ -1,8 +1,7 @@
 """Language models of transformers: those that the step in C does not cover, and the library's own
 version of one that it does, for `--check`.
 
-Importing the library's code of a model takes seconds, so that this file is imported only where it is
-needed.
+Importing the library's code of a model takes seconds, so this file is imported only where it is needed.
 """
 
 import functools
@@ -34,8 +33,8 @@ from common.runtime import free_memory_bytes
 
 @dataclass(frozen=True)
 class TransformersModel:
-    """A model of transformers, with what decoding asks of any model. Shapes: B texts, T columns, V
-    tokens in the vocabulary.
+    """A model of transformers, with what decoding needs from any model. Shapes: B texts, T columns, V tokens
+    in the vocabulary.
     """
 
     module: PreTrainedModel
@@ -63,7 +62,7 @@ class TransformersModel:
 
     @property
     def cache_bytes(self) -> int:
-        """The memory of a token's keys and values."""
+        """The bytes that the keys and values of a token take."""
         numbers = 0
         for layer in self.config.per_layer_config:  # of Gemma 4, layers differ in the size of a head
             heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
@@ -203,7 +202,7 @@ def over_weights(
     missing = [key for key, parameter in model.named_parameters() if parameter.is_meta]
     if missing:
         raise UserError(f"--model {name}: no weights for {missing[0]}; name a complete file")
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its angles are no weights
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its angles are not weights
     model.generation_config = models.load(GenerationConfig, folder, name=name)
     return model.requires_grad_(False)
 

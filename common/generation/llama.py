@@ -1,9 +1,9 @@
 """One decoding step of a Llama-like transformer, written out: embedding, attention with a cache,
 gated MLP, logits.
 
-`reference_step` generates no text. It says in PyTorch what decoder.c computes, which is compared
-with it when it was compiled, whenever a model is loaded, and in the tests. Where decoder.c is not
-used (`--plain-step`, a GPU, another kind of model), the forward of transformers computes each token.
+`reference_step` generates no text. It says in PyTorch what decoder.c computes, which is compared with it
+after it is compiled, whenever a model is loaded, and in the tests. Where decoder.c is not used
+(`--plain-step`, a GPU, another kind of model), the forward of transformers computes each token.
 
 Llama, SmolLM, Mistral (a sliding window), Qwen2 (biases) and Qwen3 (norms of queries and keys) are
 all of this kind. llama_config.py makes a `Transformer` of the files of such a model. transformers has
@@ -65,7 +65,7 @@ class Transformer:
     head_dim: int  # D
     rms_norm_eps: float
     rotary: "Rotary"
-    max_position_embeddings: int  # the most tokens of a text
+    max_position_embeddings: int  # the maximum number of tokens of a text
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the tokens of a step are: all (R)."""
+    """Where each of the R tokens of a step lies; every field has shape (R)."""
 
-    texts: Tensor  # the text that each token belongs to, a row of the cache
-    columns: Tensor  # its column there
+    texts: Tensor  # the text that each token belongs to: its row in the cache
+    columns: Tensor  # the column of each token in the cache
     starts: Tensor  # the first column of its text
 
     @property

@@ -228,7 +228,7 @@ def scale_as_yarn(frequencies: Tensor, base: float, size: int, settings: Mapping
     known = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"}
     if unknown := set(settings) - known:
         raise NotSupported(f"its positions have the setting {min(unknown)}")
-    pair_of = {}  # turns within a text of the training -> the number of the pair that makes so many
+    pair_of = {}  # turns within a text of the training -> the number of the pair that makes that many
     for turns in (32, 1):
         pair_of[turns] = size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(base))
     first, last = max(math.floor(pair_of[32]), 0), min(math.ceil(pair_of[1]), size - 1)

@@ -60,7 +60,7 @@ class PromptLookup:
     """Decodes one text by prompt lookup, and counts its guesses."""
 
     def __init__(self, ahead: int) -> None:
-        self.ahead = ahead  # the most tokens to guess at once
+        self.ahead = ahead  # the maximum number of tokens to guess at once
         self.num_next = 1  # how many are guessed next
         self.num_guessed = 0
         self.num_accepted = 0

@@ -37,8 +37,8 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def set_flags(args: argparse.Namespace, folder: Path, *, name: str) -> None:
-    """Set each flag of the choice of tokens that is not given to what the generation_config.json of
-    a model says, and say in one line what that is.
+    """Set each flag that decides how tokens are chosen, unless it is given, to its value in the
+    generation_config.json of a model, and show these values in one line.
 
     Raises UserError for a value that its flag would not take, and for several samples of a model
     that decodes greedily.

@@ -273,7 +273,7 @@ def _check_line(encoded: bytes, expected: dict, *, name: str) -> dict:
     if not isinstance(line, dict) or not line.keys() >= set(ALWAYS):
         problem = "not a line of this script's output"
         raise UserError(f"{name}: {problem}; remove it, or name another file with --output")
-    nothing = object()  # in the place of a field that is not there, which is not null
+    nothing = object()  # stands for a missing field, which is not the same as null
     for key in dict.fromkeys([*expected, *line]):
         if key not in GENERATED and line.get(key, nothing) != expected.get(key, nothing):
             difference = _describe_difference(key, line, expected)

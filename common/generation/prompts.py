@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-PROMPT_KEYS = ("messages", "prompt")  # of which an object of JSON that is no row of a table has one
+PROMPT_KEYS = ("messages", "prompt")  # an object of JSON that is not a row of a table has one of them
 BLOCK = 10_000  # rows whose cells are looked at together
 TEMPLATE_FLAG = "--prompt-template"
 BRACES = re.compile(r"\{\{|\}\}|\{(?P<column>[^{}]+)\}|[{}]")
@@ -31,7 +31,7 @@ BRACES = re.compile(r"\{\{|\}\}|\{(?P<column>[^{}]+)\}|[{}]")
 
 @dataclass(frozen=True)
 class GivenPrompt:
-    """A text, a conversation, or why there is none; and the cells that stay beside it."""
+    """A text, a conversation, or the error that says why there is none; and the cells to keep with it."""
 
     content: str | list[Message] | UserError
     cells: dict[str, Any] = field(default_factory=dict)
@@ -86,12 +86,12 @@ def parse_template(text: str) -> PromptTemplate:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """Where a file has its prompts, and what stays beside them."""
+    """Where a file has its prompts, and what is kept with them."""
 
     text_column: str
     template: PromptTemplate | None  # makes the prompts, in the place of the text column
     kept: KeptColumns
-    skip_bad: bool  # a prompt that can't be used is no end, but a reason in its place
+    skip_bad: bool  # True: a prompt that can't be used is replaced by the reason, and reading goes on
     options: FileOptions
     cache_dir: str | None
 
@@ -130,7 +130,7 @@ def read_prompts(name: str, config: PromptConfig) -> list[GivenPrompt]:
 
 
 def check_columns(name: str, config: PromptConfig) -> None:
-    """Raise UserError for a file that is no text or a column that it lacks, as its beginning shows."""
+    """Raise UserError for a file that is not text, or a column that it lacks, as its beginning shows."""
     flag = "--text-column" if config.template is None else TEMPLATE_FLAG
     kept, several = config.kept.flags()
     wanted = kept | dict.fromkeys(config.columns, flag)
@@ -303,8 +303,8 @@ def _is_message(row: dict) -> bool:
 
 
 def _read_json(file: BinaryIO, source: str, config: PromptConfig) -> list[GivenPrompt]:
-    """Return a prompt for each object: of a line alone what is wrong with it, if it can't be used. A
-    list of messages is one conversation.
+    """Return a prompt for each object, or the error that says why it can't be used: in a file with one object
+    on each line, a bad line does not end the reading. A list of messages is one conversation.
     """
     first, how = _first_object(_head(file))
     if how == "line":

@@ -93,7 +93,7 @@ COMMON = {
         ),
         'an object with "include_usage" of true or false',
     ),
-    "user": TEXT,  # for whom a text is: it is not meant to change it
+    "user": TEXT,  # names the end user, and does not change the text
     "n": only(1),
     "presence_penalty": number(lambda value: -2 <= value <= 2, "a number from -2 to 2"),
     "frequency_penalty": number(lambda value: -2 <= value <= 2, "a number from -2 to 2"),

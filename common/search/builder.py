@@ -402,8 +402,8 @@ def progress_bar(num_texts: int) -> tqdm:
 
 
 def check_decimal_commas(collection: Collection, snapshot: Snapshot) -> None:
-    """Raise UserError where an index made without the flag `--decimal ,` has a column of texts of
-    what that makes numbers: they would be no numbers now either.
+    """Raise UserError where an index made without the flag `--decimal ,` has a column of texts that the flag
+    would make numbers: new ones would stay texts too.
     """
     for name, kind in snapshot.columns.items():
         if not pa.types.is_string(kind) or name not in collection.rows.column_names:

@@ -66,7 +66,7 @@ def own_id(snapshot: Snapshot, key: str) -> int | str:
 
 
 def short_id(document: dict[str, Any]) -> str:
-    """Return the id in a document of JSON, of a long one, such as a hash of the text, the start."""
+    """Return the id in a document of JSON; of a long one, such as a hash of the text, only the beginning."""
     return cut(str(document.get("id", document.get("row"))), 16, 10)
 
 
@@ -217,7 +217,7 @@ def _say_index(screen: Screen, snapshot: Snapshot) -> None:
 
 
 def _index_document(snapshot: Snapshot) -> dict[str, object]:
-    """Return the same for JSON, with all settings."""
+    """Return what `_say_index` says, for JSON and with all settings."""
     live = int(snapshot.is_live().sum())
     return {
         "index": str(snapshot.folder),
@@ -239,8 +239,8 @@ def show_hits(
     heading: str = "query: ",
     skipped: Sequence[int] = (),
 ) -> None:
-    """Show the hits of each query within a range, best first, with the columns that are `kept`; None:
-    with none on the screen and all in JSON. The queries at the positions `skipped` stand in JSON alone.
+    """Show the hits of each query within a range, best first, with the columns that are `kept`; None: with
+    none on the screen and all in JSON. The queries at the positions `skipped` are only in JSON.
     """
     documents, names = [], list(kept or ())
     for position, (query, answer) in enumerate(zip(queries, answers)):
@@ -249,12 +249,12 @@ def show_hits(
         if position in skipped:
             continue
         lines = []
-        for rank, document in enumerate(found, start=hit_range.offset + 1):
+        for number, document in enumerate(found, start=hit_range.offset + 1):
             text = cut(document["text"], room(TEXT_WIDTH))
             if chunk := document.get("chunk"):
                 text = f"[chunk {chunk['number']} of {chunk['of']}] {text}"
             cells = _cells_of(document["columns"], names)
-            lines.append([rank, document["score"], short_id(document), text, *cells])
+            lines.append([number, document["score"], short_id(document), text, *cells])
         headers = ["", "score", id_name(snapshot), "text", *(cut(name, CELL_WIDTH) for name in names)]
         screen.table(lines, headers, title=f"{heading}{query}", texts=[3])
     screen.document({"queries": documents})
@@ -356,11 +356,12 @@ def show_texts(screen: Screen, snapshot: Snapshot, documents: list[np.ndarray], 
     screen.document({"texts": found})
 
 
-def answer(
+def search_and_show(
     screen: Screen, searcher: Searcher, queries: Queries, hit_range: HitRange, *, kept: Sequence[str] | None
 ) -> None:
-    """Show the hits of queries, or of those from a prompt if there are none; say how many were left
-    out, and how many were longer than the model reads.
+    """Search for queries, or for those typed at a prompt if there are none, and show their hits; say how
+    many queries were left out, and how many were longer than the model reads. One function does both,
+    because at a prompt they alternate.
     """
     if not queries.texts:
         answer_prompt(screen, searcher, hit_range, kept=kept)
@@ -369,7 +370,7 @@ def answer(
         screen.say(f"queries  {len(queries.bad):,} skipped; the first: {queries.why}")
     encoder = searcher.encoder
     assert encoder is not None
-    num_cut = encoder.num_cut  # of the texts, which are told already
+    num_cut = encoder.num_cut  # of the texts, which have been reported already
     hits = queries.with_empty(searcher.search(queries.good, hit_range.depth))
     show_hits(screen, searcher.snapshot, queries.texts, hits, hit_range, kept=kept, skipped=queries.bad)
     if num_cut := encoder.num_cut - num_cut:
@@ -380,8 +381,8 @@ def answer(
 def answer_prompt(
     screen: Screen, searcher: Searcher, hit_range: HitRange, *, kept: Sequence[str] | None
 ) -> None:
-    """Answer queries from standard input until it ends or an empty line comes; with --json one
-    document per query.
+    """Search for each query that comes from standard input, and show its hits, until the input ends or an
+    empty line comes; with --json, one document per query.
     """
     screen.say(f"{int(searcher.ranker.allowed.sum()):,} texts; an empty line ends")
     for number in itertools.count(1):

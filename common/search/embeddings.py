@@ -41,8 +41,8 @@ class EmbeddingRequest:
 
 
 def read(body: Any, *, model: str, width: int) -> EmbeddingRequest:
-    """Return what a request asks for of a model of this name, whose embeddings have so many
-    dimensions. Raises ApiError for what can't be answered.
+    """Return what a request asks for from the model of this name, whose embeddings have `width` dimensions.
+    Raises ApiError for what can't be answered.
     """
     given = check_parameters(body, PARAMETERS, "model", "input")
     if given["model"] != model:

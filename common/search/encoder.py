@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-# larger batches fall out of a CPU's cache, and each of its threads has
-# one; smaller ones leave a GPU idle
+# positions, with padding. On a CPU each thread has a batch of its own, which must fit into its cache; on
+# a GPU, small batches leave it idle.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 131_072, "mps": 16_384}
 STATIC_TOKENS = 65_536  # of a model without a transformer, which only looks vectors up
 SPLIT_AT_ONCE = 256  # texts that are split into chunks together
@@ -79,9 +79,9 @@ class Encoder:
         }
 
     def prompt(self, role: str | None) -> str:
-        """Return what is put before each text of a role: "query" as in encode_query, "document" as
-        in encode_document, None as in encode. A flag goes before what the model says; that of
-        documents is for texts without a role too.
+        """Return what is put before each text of a role: "query" as in encode_query, "document" as in
+        encode_document, None as in encode. A flag takes precedence over the model's own prompt; that of
+        documents also applies to texts without a role.
         """
         given = self.prompts.get(role or "document")
         if given is not None:
@@ -420,8 +420,8 @@ def load_encoder(config: EncoderConfig, runtime: Runtime) -> Encoder:
 def load_index_encoder(
     config: EncoderConfig, runtime: Runtime, index: str, settings: Settings | None
 ) -> Encoder:
-    """Return the encoder of an index with these settings; refuse flags that name another. None: of
-    one that is not there yet.
+    """Return the encoder of an index with these settings; refuse flags that name another. `settings` is None
+    for an index that does not exist yet.
     """
     if settings is None:
         return load_encoder(config, runtime)
@@ -433,9 +433,8 @@ def load_index_encoder(
 
 
 def _chosen_length(model: SentenceModel, wanted: int | None) -> int:
-    """Return how many tokens of a text a model reads: as many as `wanted`, or by
-    default as it was made for. Raises UserError for fewer than its special tokens
-    take, and for more than it can take.
+    """Return how many tokens of a text a model reads: as many as `wanted`, or by default the number that it
+    was made for. Raises UserError for fewer than its special tokens take, and for more than it can take.
     """
     if wanted is None:
         return min(model.max_length, model.positions or model.max_length)

@@ -60,7 +60,7 @@ from common.search.segments import (
     write_arrow,
 )
 
-ROWS_AT_ONCE = 10_000  # that are in memory
+ROWS_AT_ONCE = 10_000  # rows that are in memory at once
 CACHE_PREFIX = "cache-"  # of the folder of a cache
 CACHE_STAMP = "stamp"  # the file of a cache that says which state of the index it was made of
 ABANDONED = 86_400  # seconds after which an unfinished cache must be that of a killed process
@@ -346,8 +346,7 @@ class Store:
         file_starts = np.flatnonzero(np.diff(file_numbers)) + 1
         for part in np.split(rows, file_starts):
             if len(part):
-                # in one expression: the rows of one file are let go
-                # before those of the next are read
+                # in one expression: the rows of one file are released before those of the next are read
                 segment = self._write_segment(self._table(part, more), len(segments), columns)
                 segments.append(self._with_deleted(segment, len(segments), is_live[part]))
         self._publish(segments, columns)
@@ -436,9 +435,9 @@ class Store:
 
 @contextlib.contextmanager
 def open_store(folder: str | Path, *, settings: Settings | None = None, wait: float = 0.0) -> Iterator[Store]:
-    """Open an index as its only writer. With `settings`, a folder that is missing or empty becomes
-    a new index: with the first commit, or else when the block ends well. What fails before that
-    binds the folder to nothing.
+    """Open an index as its only writer. With `settings`, a folder that is missing or empty becomes a new
+    index: with the first commit, or else when the block ends well. If something fails before that, the folder
+    stays without an index.
 
     Raises UserError when the folder is something else, when one of its files is damaged, or when
     another writer holds the lock for longer than `wait` seconds.

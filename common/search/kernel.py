@@ -1,10 +1,10 @@
 """Exact nearest neighbours: the rows with the highest cosine similarity to a query, in an order
 that never depends on chance.
 
-`rank` is the plain version and the oracle: float64 scores of every row, sorted. `search` gives the
-same answer faster. It streams the vectors through fp32 matrix products and keeps as candidates the
-rows whose scores lie within the rounding error of the k-th best; only these are ranked in float64.
-Equal scores: the lower row comes first.
+`rank_plainly` is the plain version and the oracle: float64 scores of every row, sorted. `nearest_rows` gives
+the same answer faster. It streams the vectors through fp32 matrix products and keeps as candidates the rows
+whose scores lie within the rounding error of the k-th best; only these are ranked in float64. Equal scores:
+the lower row comes first.
 """
 
 import itertools
@@ -19,13 +19,13 @@ import torch
 BLOCK = 65_536  # rows that are read at once
 # scores filtered at once: at 64 queries those of 16,384 rows, in 4 MB
 SCORES = 1_048_576
-ROWS_OF_THREAD = 4_096  # that a thread takes at a time: fewer are not worth waking another
+ROWS_OF_THREAD = 4_096  # rows that a thread takes at a time: for fewer, waking a thread does not pay
 PAIRS = 4_096  # vectors scored in float64 at once
 # when all queries together have more candidates, only the k best of each query are kept: in an
 # index full of equal vectors every row would stay a candidate
 MAX_CANDIDATES = 1_000_000
-# of so many rows only the highest score is compared at first: topk over all scores would take
-# longer than the product
+# rows in a group, of which at first only the highest score is compared: topk over all scores would
+# take longer than the product
 GROUP = 64
 LOWEST = np.finfo(np.float32).min  # below every cosine, above the -inf of excluded rows
 
@@ -43,11 +43,11 @@ def exact_scores(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
     return (vectors.astype(np.float64) * queries.astype(np.float64)).sum(-1)
 
 
-def rank(rows: np.ndarray, query: np.ndarray, k: int, vectors_of: VectorsOf) -> Ranking:
+def rank_plainly(rows: np.ndarray, query: np.ndarray, k: int, vectors_of: VectorsOf) -> Ranking:
     """Return the k of `rows` with the highest float64 cosine to a query, best first, and these
     cosines. Equal scores are ordered by row.
     """
-    scores = [np.zeros(0)]
+    scores = [np.zeros(0)]  # np.concatenate refuses an empty list
     for start in range(0, len(rows), PAIRS):
         scores.append(exact_scores(vectors_of(rows[start : start + PAIRS]), query))
     scores = np.concatenate(scores)
@@ -55,7 +55,7 @@ def rank(rows: np.ndarray, query: np.ndarray, k: int, vectors_of: VectorsOf) -> 
     return rows[order], scores[order]
 
 
-def search(
+def nearest_rows(
     blocks: Iterable[tuple[int, np.ndarray]],
     queries: np.ndarray,
     k: int,
@@ -63,7 +63,7 @@ def search(
     vectors_of: VectorsOf,
     allowed: np.ndarray | None = None,
 ) -> list[Ranking]:
-    """Return what `rank` returns for each query over all rows; fewer than k where there are fewer.
+    """Return what `rank_plainly` returns for each query over all rows; fewer than k where there are fewer.
 
     `blocks` yields (first row, unit vectors (n, width) in fp32), one block after the other;
     `queries` (q, width) are unit vectors; `allowed` (rows) is False for rows that are left out.
@@ -72,8 +72,8 @@ def search(
     for first, scores in _scores(blocks, queries, allowed):
         candidates.add(scores, first)
         if candidates.count > MAX_CANDIDATES + 2 * k * len(queries):
-            candidates.replace(_rank_all(candidates, queries, vectors_of))
-    return _rank_all(candidates, queries, vectors_of)
+            candidates.replace(_rank_candidates(candidates, queries, vectors_of))
+    return _rank_candidates(candidates, queries, vectors_of)
 
 
 def _scores(
@@ -133,18 +133,18 @@ def _multiply(vectors: np.ndarray, columns: np.ndarray, scores: np.ndarray, pool
         other.result()
 
 
-def _rank_all(candidates: "Candidates", queries: np.ndarray, vectors_of: VectorsOf) -> list[Ranking]:
-    """Return what `rank` returns for the candidates of each query, for all queries at once."""
-    query, row = candidates.pairs()
-    scores = [np.zeros(0)]
-    for start in range(0, len(row), PAIRS):
+def _rank_candidates(candidates: "Candidates", queries: np.ndarray, vectors_of: VectorsOf) -> list[Ranking]:
+    """Return what `rank_plainly` returns for the candidates of each query, for all queries at once."""
+    query_of_pair, row_of_pair = candidates.pairs()
+    scores = [np.zeros(0)]  # np.concatenate refuses an empty list
+    for start in range(0, len(row_of_pair), PAIRS):
         part = slice(start, start + PAIRS)
-        scores.append(exact_scores(vectors_of(row[part]), queries[query[part]]))
-    score = np.concatenate(scores)
-    order = np.lexsort((row, -score, query))
-    ends = np.searchsorted(query[order], np.arange(1, len(queries)))
+        scores.append(exact_scores(vectors_of(row_of_pair[part]), queries[query_of_pair[part]]))
+    score_of_pair = np.concatenate(scores)
+    order = np.lexsort((row_of_pair, -score_of_pair, query_of_pair))
+    ends = np.searchsorted(query_of_pair[order], np.arange(1, len(queries)))
     parts = [part[: candidates.k] for part in np.split(order, ends)]
-    return [(row[own], score[own]) for own in parts]
+    return [(row_of_pair[own], score_of_pair[own]) for own in parts]
 
 
 def rounding_error(width: int) -> float:
@@ -187,36 +187,38 @@ class Candidates:
             peaks = grouped[:, :, 0].max(1)[None]
         else:
             peaks = torch.from_numpy(grouped).amax(1).numpy().T  # (queries, groups)
-        query, number = np.nonzero(peaks >= self._bound()[:, None])
-        if len(query) == 0:
+        query_of_peak, group_of_peak = np.nonzero(peaks >= self._bound()[:, None])
+        if len(query_of_peak) == 0:
             return
         best = np.concatenate([self.best, peaks], 1)
         self.best = np.partition(best, -self.k)[:, -self.k :]
         bound = self._bound()  # higher now
-        kept = peaks[query, number] >= bound[query]
-        query, number = query[kept], number[kept]
-        members = grouped[number, :, query]  # (kept groups, group)
-        hit, member = np.nonzero(members >= bound[query, None])
-        rows = first + number[hit] * group + member
-        self.blocks.append((query[hit], rows, members[hit, member]))
-        self.count += len(hit)
+        kept = peaks[query_of_peak, group_of_peak] >= bound[query_of_peak]
+        query_of_peak, group_of_peak = query_of_peak[kept], group_of_peak[kept]
+        members = grouped[group_of_peak, :, query_of_peak]  # (kept peaks, group)
+        peak_of_hit, member_of_hit = np.nonzero(members >= bound[query_of_peak, None])
+        row_of_hit = first + group_of_peak[peak_of_hit] * group + member_of_hit
+        score_of_hit = members[peak_of_hit, member_of_hit]
+        self.blocks.append((query_of_peak[peak_of_hit], row_of_hit, score_of_hit))
+        self.count += len(row_of_hit)
 
     def _bound(self) -> np.ndarray:
         """Return the fp32 score (queries) below which a row can't be among the k best."""
         return np.maximum(self.best[:, 0] - self.margin, LOWEST)
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return (query, row) of all candidates."""
+        """Return the query and the row of each candidate, as two arrays."""
         if not self.blocks:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        query, row, score = (np.concatenate(parts) for parts in zip(*self.blocks))
-        possible = score >= self._bound()[query]
-        return query[possible], row[possible]
+        query_of_pair, row_of_pair, score_of_pair = map(np.concatenate, zip(*self.blocks))
+        is_possible = score_of_pair >= self._bound()[query_of_pair]
+        return query_of_pair[is_possible], row_of_pair[is_possible]
 
     def replace(self, rankings: list[Ranking]) -> None:
         """Keep only the rows of these rankings, the best of all that were added so far."""
         sizes = [len(rows) for rows, _ in rankings]
         self.count = sum(sizes)
-        query = np.repeat(np.arange(len(rankings)), sizes)
-        score = np.full(self.count, np.inf, np.float32)  # above every bound: they stay
-        self.blocks = [(query, np.concatenate([rows for rows, _ in rankings]), score)]
+        query_of_pair = np.repeat(np.arange(len(rankings)), sizes)
+        row_of_pair = np.concatenate([rows for rows, _ in rankings])
+        score_of_pair = np.full(self.count, np.inf, np.float32)  # above every bound: they stay
+        self.blocks = [(query_of_pair, row_of_pair, score_of_pair)]

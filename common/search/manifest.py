@@ -1,7 +1,7 @@
 """What an index is made of: the settings that its embeddings share, and its files with their
 checksums.
 
-It is read and checked here with the standard library alone, so that a mistake is told before the
+It is read and checked here with the standard library alone, so that mistakes are reported before the
 libraries are loaded.
 """
 
@@ -93,7 +93,7 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
-# of --pairs-file: here, because a file that exists is looked at before any library is loaded
+# of --pairs-file: here, because an existing file is checked before any library is loaded
 PAIR_COLUMNS = ("first", "second", "similarity")
 # of the file of --per-query, before its measures
 PER_QUERY_COLUMNS = ("model", "fingerprint", "width", "texts_per_second", "query")

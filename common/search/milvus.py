@@ -508,7 +508,7 @@ class MilvusRanker:
     Milvus ranks them. `allowed` has a True for each, at most as many as Milvus returns.
     """
 
-    snapshot: Any  # a MilvusCollection, which has what a searcher asks of an index
+    snapshot: Any  # a MilvusCollection, which has what a searcher needs from an index
     condition: str
     allowed: np.ndarray
     hybrid: bool = False
@@ -516,7 +516,7 @@ class MilvusRanker:
     def prepare(self, queries: list[str]) -> None:
         """Do nothing: Milvus keeps its own indexes, and decides which words count."""
 
-    def rank(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[Ranking]:
+    def rank_rows(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[Ranking]:
         """Return the best rows of each query, at most as many as Milvus returns."""
         store, condition = self.snapshot, self.condition
         if self.hybrid:
@@ -592,10 +592,10 @@ MIRRORED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "==": "==", "!=": "!="}
 
 
 def translate(condition: str | None, columns: dict[str, str]) -> str | None:
-    """Return an SQL condition in the words of Milvus; None stays None.
+    """Return an SQL condition as an expression of Milvus; None stays None.
 
-    DuckDB parses it, without evaluating anything. Raises UserError for what is no condition over
-    the columns, and for what Milvus has no words for, by its name.
+    DuckDB parses it, without evaluating anything. Raises UserError for what is no condition over the columns,
+    and, naming it, for anything that Milvus can't express.
     """
     if condition is None:
         return None
@@ -624,7 +624,7 @@ def translate(condition: str | None, columns: dict[str, str]) -> str | None:
 
 
 def _words(node: dict[str, Any], names: dict[str, str], types: dict[str, str]) -> str:
-    """Return a part of a condition in the words of Milvus."""
+    """Return a part of a condition as an expression of Milvus."""
     kind, children = node["type"], node.get("children", [])
 
     def inner(child: dict[str, Any]) -> str:
@@ -741,7 +741,7 @@ def run_search(args: argparse.Namespace, screen: Screen) -> None:
         kept = search_flags.kept_columns(args, store.columns, f"--index {args.index}")
     with opened_searcher(args, runtime, hybrid=args.hybrid, where=args.where) as searcher:
         hit_range = HitRange(args.top_k, args.offset, args.min_score)
-        display.answer(screen, searcher, queries, hit_range, kept=kept)
+        display.search_and_show(screen, searcher, queries, hit_range, kept=kept)
 
 
 def run_evaluate(args: argparse.Namespace, screen: Screen) -> None:

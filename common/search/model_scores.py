@@ -1,8 +1,8 @@
 """Several models on one task: the scores of each query, kept in a
 file, and tests of the differences.
 
-The file is a CSV with a line for each model and query. It is replaced as a whole whenever a model
-is done, so that a failure or a kill leaves the models before; these are not scored again.
+The file is a CSV with a line for each model and query. It is replaced as a whole whenever a model is done, so
+that a failure or a kill leaves the scores of the models before it; these models are not scored again.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ COSINE, HUMAN = "cosine", "human"  # the columns of sentence pairs, whose score 
 
 @dataclass(frozen=True)
 class ModelScores:
-    """What a model came to on a task: a line of the table, and the values (Q) of each measure, in
-    the order of the queries. Of sentence pairs these are the cosine and the human score.
+    """The results of a model on a task: a line of the table, and the values (Q) of each measure, in the order
+    of the queries. Of sentence pairs these are the cosine and the human score.
     """
 
     model: str
@@ -69,7 +69,7 @@ class ModelScores:
 
 
 def of_searches(queries: list[str], values: Mapping[str, Mapping[str, list[float]]]) -> list[ModelScores]:
-    """Return what several ways of searching with one model came to, by the names of these."""
+    """Return the results of several ways of searching with one model, by the names of the ways."""
     searches = []
     for name, measures in values.items():
         arrays = {measure: np.array(scores) for measure, scores in measures.items()}
@@ -176,7 +176,7 @@ def differences(models: Sequence[ModelScores]) -> list[dict[str, Any]]:
 
 
 def _randomized(first: ModelScores, other: ModelScores) -> dict[str, float]:
-    """Return the p-value of the difference of each measure, by exchanging what two models came to.
+    """Return the p-value of the difference of each measure, by exchanging the results of two models.
 
     Of sentence pairs, where cosines lie differs from model to model: their ranks are exchanged, which
     are all that Spearman's correlation depends on.

@@ -221,7 +221,7 @@ class ServedIndex:
 
     @functools.cached_property
     def clusters(self) -> Clusters:
-        """What is on the map, but for where: all that is read from the index for it."""
+        """What is on the map, except the positions: all that is read from the index for it."""
         # imported here and not by the thread that draws: --where is evaluated in a child process,
         # and while it is made no other thread may import
         import sklearn.decomposition
@@ -262,7 +262,7 @@ class ServedIndex:
         }
 
     def _allowed(self, asked: Asked) -> np.ndarray:
-        """Return a mask (rows) of the rows that may be found, which is nobody else's."""
+        """Return a mask (rows) of the rows that may be found; the caller may change it."""
         if asked.where is None:
             return self.shown.copy()
         return self.shown & matching(self.snapshot, asked.where, self.limits)
@@ -420,7 +420,7 @@ def check_sender(request: web.Request) -> None:
     """
     if not local_server.is_own_name(request.headers.get("Host", "")):
         raise Refused(403, local_server.WRONG_HOST)
-    asker = request.headers.get("Sec-Fetch-Site", "none")  # a browser's word
+    asker = request.headers.get("Sec-Fetch-Site", "none")  # as the browser says
     is_question = request.path in PARAMETERS or request.path.startswith(API)
     if is_question and asker not in ("none", "same-origin"):
         raise Refused(403, "this server answers its own page only, and programs on this machine")

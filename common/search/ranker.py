@@ -34,8 +34,8 @@ RRF_K = 60  # of reciprocal rank fusion: Cormack, Clarke, Buettcher (SIGIR 2009)
 NO_WORDS = "no-words"  # a file that stands for BM25 data if no text has a word that BM25 counts
 # with a --where that leaves a smaller share of the rows, exact search is faster
 SMALL_SHARE = 0.1
-# Of so many rows with the best codes, and at least so many for each row that is wanted, the exact
-# scores are computed: docs/benchmarks.md has what they find.
+# Exact scores are computed for the SCANNED rows with the best codes, or for SCANNED_FOR_EACH times as many
+# rows as are wanted, if that is more: docs/benchmarks.md says how many of the nearest they find.
 SCANNED, SCANNED_FOR_EACH = 200, 10
 CODE_BITS, CODE_WIDTH = 4, 2  # of FAISS's fast scan: bits of a code, dimensions that share one
 TRAINED = 20_000  # vectors that the codes are fitted to
@@ -65,13 +65,13 @@ class Ranker:
         if self._uses_codes:
             _ = self._codes
 
-    def rank(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[Ranking]:
+    def rank_rows(self, queries: list[str], vectors: np.ndarray, depth: int) -> list[Ranking]:
         """Return at least the `depth` best rows for each query, or all if there are fewer; `vectors`
         (queries, width) are the embeddings of the queries.
         """
         depth = max(depth, FUSED) if self.hybrid else depth
-        rank = self._rank_approximately if self._uses_codes else self._rank_exactly
-        by_cosine = rank(vectors, depth)
+        rank_by_cosine = self._rank_approximately if self._uses_codes else self._rank_exactly
+        by_cosine = rank_by_cosine(vectors, depth)
         if not self.hybrid:
             return by_cosine
         by_words = self._rank_by_words(queries, depth)
@@ -80,7 +80,7 @@ class Ranker:
 
     @property
     def _uses_codes(self) -> bool:
-        """Whether FAISS's codes are searched: without is quicker where a filter leaves few rows."""
+        """Whether FAISS's codes are searched: exact search is quicker where a filter leaves few rows."""
         if not self.approximate:
             return False
         is_live = self.snapshot.is_live()
@@ -88,7 +88,7 @@ class Ranker:
 
     def _rank_exactly(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
         blocks, vectors_of = self.snapshot.vector_blocks(kernel.BLOCK), self.snapshot.vectors_of
-        return kernel.search(blocks, vectors, depth, vectors_of=vectors_of, allowed=self.allowed)
+        return kernel.nearest_rows(blocks, vectors, depth, vectors_of=vectors_of, allowed=self.allowed)
 
     def _rank_approximately(self, vectors: np.ndarray, depth: int) -> list[Ranking]:
         """Rank the rows whose codes FAISS finds to be the best, by their exact scores."""
@@ -96,7 +96,7 @@ class Ranker:
         chosen = np.flatnonzero(self.allowed[live])
         codes, code_of = self._codes
         wanted = max(SCANNED, SCANNED_FOR_EACH * depth)
-        # the scan knows no filter: it looks as much further as the filter leaves out
+        # the scan knows no filter: of `count` rows, about `wanted` pass it
         count = int(wanted * len(live) / max(len(chosen), 1))
         if count >= codes.ntotal:
             return self._rank_exactly(vectors, depth)
@@ -109,7 +109,7 @@ class Ranker:
             if len(rows) < wanted // 2:  # a filter that few of the best pass
                 rankings += self._rank_exactly(vector[None], depth)
             else:
-                rankings.append(kernel.rank(rows, vector, depth, self.snapshot.vectors_of))
+                rankings.append(kernel.rank_plainly(rows, vector, depth, self.snapshot.vectors_of))
         return rankings
 
     @functools.cached_property
@@ -198,12 +198,12 @@ class Ranker:
 
 def fuse(rankings: list[np.ndarray]) -> Ranking:
     """Return several rankings of rows as one by reciprocal rank fusion: each gives a row
-    1 / (60 + its rank). Equal sums are ordered by row.
+    1 / (60 + its position). Equal sums are ordered by row.
     """
     scores: dict[int, float] = {}
     for ranking in rankings:
-        for rank, row in enumerate(ranking.tolist(), start=1):
-            scores[row] = scores.get(row, 0.0) + 1 / (RRF_K + rank)
+        for position, row in enumerate(ranking.tolist(), start=1):
+            scores[row] = scores.get(row, 0.0) + 1 / (RRF_K + position)
     order = sorted(scores, key=lambda row: (-scores[row], row))
     return np.array(order, dtype=np.int64), np.array([scores[row] for row in order])
 
@@ -244,15 +244,15 @@ def cached(
     """Return `load(folder)` of the cache `cache-<name>` in the index's folder; `build(folder)`
     fills it where it is missing, stale or damaged.
 
-    A cache carries the stamp of the state that it was made of, and of what it was `made_with`, and
-    is never used for another state. Where the index can't be written, as one that others share, it
-    lasts for this command alone, which a line says. Raises UserError for other faults of the disk.
+    A cache carries the stamp of the state that it was made of, and of what it was `made_with`, and is never
+    used for another state. Where the index can't be written, as one that others share, it lasts for this
+    command alone, and a note says so. Raises UserError for other faults of the disk.
     """
     folder = snapshot.folder / f"{CACHE_PREFIX}{name}"
     stamp = f"{snapshot.sha256} {made_with}".rstrip()
     if cache_stamp(folder) == stamp and files.find_damage(folder) is None:
-        # whatever a library says of files that are none of its, or that another process replaces
-        # meanwhile: it is built again
+        # whatever a library raises about files that are not its own, or that another process replaces
+        # meanwhile: the cache is built again
         with contextlib.suppress(Exception):
             return load(folder)
     try:

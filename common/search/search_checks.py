@@ -1,7 +1,7 @@
 """What the flags of embed_search.py, and the files that they name, show to be wrong before the
 libraries are loaded.
 
-Importing it is quick: a mistake is said before PyTorch is loaded.
+Importing it is quick: mistakes are reported before PyTorch is loaded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from common.search.words import AUTO, LANGUAGES
 SHARED = ("index", "sync", "search", "pairs", "duplicates", "dedupe", "cluster", "evaluate")
 MILVUS_COMMANDS = ("index", "delete", "list", "search", "evaluate", "export")
 OF_FOLDERS = ("sync", "show", "compact", "verify")  # the commands that need no vectors of other rows
-# what has no part in some cases: where no TEXTS are read, where sentence pairs are scored, in Milvus
+# flags that can't be used in some cases: where no TEXTS are read, where sentence pairs are scored, in Milvus
 OF_TEXTS = ("id_column", "text_column", "columns", "delimiter", "quoting", "decimal")
 OF_DOCUMENTS = ("queries", "qrels", "texts", "index", "id_column", "text_column", "skip_bad", "query_prompt")
 OF_SEARCH = ("rerank", "rerank_depth", "at", "store", "language")

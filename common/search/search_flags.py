@@ -1,7 +1,7 @@
 """The flags of embed_search.py, command by command, and what they become for the other files of
 search. What is wrong with them is in search_checks.py.
 
-Importing it is quick: a mistake is said before PyTorch is loaded.
+Importing it is quick: mistakes are reported before PyTorch is loaded.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def add_id_flag(command: cli.Parser) -> None:
 
 
 def add_offset_flag(command: cli.Parser) -> None:
-    skipped = "leave out so many of the first"
+    skipped = "leave out this many of the first"
     command.add_argument("--offset", type=cli.non_negative_int, default=0, help=skipped)
 
 
@@ -471,8 +471,8 @@ pairs_file, per_query_file = table_file(PAIR_COLUMNS), table_file(PER_QUERY_COLU
 
 
 def split_names(args: argparse.Namespace) -> None:
-    """Set `texts` and `queries` of a search: what stands without a flag is searched for in an index,
-    or else it is what is searched.
+    """Set `texts` and `queries` of a search: with an index, arguments without a flag are queries; otherwise
+    they are the texts to search.
     """
     args.texts, args.queries = ([], args.names) if args.index else (args.names, [])
     args.queries = [*args.queries, *args.query]
@@ -525,8 +525,8 @@ def read_source(args: argparse.Namespace) -> Collection | str:
 
 
 def kept_columns(args: argparse.Namespace, names: Iterable[str], source: str) -> list[str] | None:
-    """Return the columns that stay beside a hit, None without the flag. Raises UserError for one
-    that is not among the `names` of the source.
+    """Return the columns that are shown with a hit, None without the flag. Raises UserError for one that is
+    not among the `names` of the source.
     """
     if args.keep_columns is None:
         return None
@@ -544,8 +544,8 @@ def kept_of(args: argparse.Namespace, source: Collection | str) -> list[str] | N
 
 
 class Queries(NamedTuple):
-    """What is searched for. `bad`: the positions of those that can't be, which have no hits; `why`
-    the first can't.
+    """The queries of a search. `bad`: the positions of those that can't be searched for, which have no hits;
+    `why`: the reason of the first of these.
     """
 
     texts: list[str]
@@ -557,7 +557,7 @@ class Queries(NamedTuple):
         return [text for position, text in enumerate(self.texts) if position not in self.bad]
 
     def with_empty(self, hits: list[list[Hit]]) -> list[list[Hit]]:
-        """Return the hits of all from those of the good ones."""
+        """Return the hits of all queries, given those of the good ones; bad ones have none."""
         found = iter(hits)
         return [[] if position in self.bad else next(found) for position in range(len(self.texts))]
 

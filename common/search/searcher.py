@@ -141,7 +141,7 @@ class Searcher:
         wanted = min(max(k, self.rerank_depth if self.reranker else 0), num_rows)
         depth = CHUNKS_PER_DOCUMENT * wanted if self._has_chunks else wanted
         while True:
-            rankings = self.ranker.rank(queries, vectors, depth)
+            rankings = self.ranker.rank_rows(queries, vectors, depth)
             answers = [self._one_per_document(ranking)[:wanted] for ranking in rankings]
             # too few documents, although there may be more rows to rank
             unfinished = [

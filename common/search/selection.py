@@ -40,8 +40,8 @@ SAFE_SETTINGS: dict[str, bool | float | int | list[str] | str] = {
     "autoinstall_known_extensions": "false",
     "temp_directory": "",  # nor does it write what does not fit into memory
 }
-# what the process that evaluates a condition answers; but for the last, with a mask, the library's
-# words, those of a damaged file, a traceback
+# kinds of answers of the process that evaluates a condition; with them come, except for the last, the mask,
+# the library's message, that of a damaged file, a traceback
 MASK, NO_CONDITION, DAMAGE = b"mask", b"no condition", b"damage"
 BUG, NO_MEMORY = b"bug", b"no memory"
 ADDRESSES_OF_THREAD = 128 << 20  # bytes of glibc's arena and of the stack
@@ -236,8 +236,8 @@ def _answer(snapshot: Snapshot, condition: str, limits: Limits, sender: Connecti
     """Be the child process that evaluates a condition, and send what comes of it."""
     import duckdb
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends this process
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # C++ has words of its own for a lack of memory
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets the signal too, and ends this process
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # C++ prints a message of its own where memory is lacking
     # each thread reserves addresses that it does not use
     limit_memory(limits.megabytes * 10**6 + (os.cpu_count() or 1) * ADDRESSES_OF_THREAD)
     try:

@@ -63,8 +63,8 @@ class SentenceModel:
 
     modules: list[nn.Module]  # Features -> Features, the transformer first; none with `library`
     tokenizer: "Tokenizer | PreTrainedTokenizerBase"  # that of documents
-    max_length: int  # the most tokens of a text that the model is made for, special ones included
-    positions: int | None  # the most that it can take, None if nothing limits it
+    max_length: int  # the maximum number of tokens that the model was made for, special ones included
+    positions: int | None  # the maximum that it can take, None if nothing limits it
     width: int  # of its embeddings
     prompts: dict[str, str]
     default_prompt_name: str | None
@@ -390,7 +390,7 @@ def _read_list(folder: Path) -> list[tuple[str, str, str]]:
 
 
 def _read_transformer_settings(folder: Path) -> tuple[int | None, bool]:
-    """Return the most tokens of a text, and whether it is put into lower case."""
+    """Return the maximum number of tokens of a text, and whether it is put into lower case."""
     files = sorted(path.name for path in folder.glob(SETTINGS_FILES))
     if files and files != ["sentence_bert_config.json"]:
         raise NotSupported(", ".join(files))

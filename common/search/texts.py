@@ -162,8 +162,8 @@ def read(
 
 
 def _read_parts(all_sources: list[TextSource], bad: BadRows) -> tuple[tuple[Part, ...], list[pa.Table]]:
-    """Return what is known of each source, and its rows. A column that holds texts in one of
-    them is read as texts from all: 007 and 12 are codes if they stand beside A12.
+    """Return what is known of each source, and its rows. A column that holds texts in one of them is read as
+    texts from all: 007 and 12 are codes too where A12 is one.
     """
     while True:
         bad.reasons.clear()

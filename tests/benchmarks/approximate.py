@@ -106,14 +106,14 @@ def measure(kind: Kind, flags: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(1)
     vectors, queries = make_vectors(flags.rows, flags.width, flags.seed)
     blocks = ((first, vectors[first : first + kernel.BLOCK]) for first in range(0, flags.rows, kernel.BLOCK))
-    exact = kernel.search(blocks, queries, TOP_K, vectors_of=vectors.__getitem__)
+    exact = kernel.nearest_rows(blocks, queries, TOP_K, vectors_of=vectors.__getitem__)
     started = time.process_time()
     index = build(kind, vectors)
     seconds = time.process_time() - started
     found, started = 0, time.process_time()
     for query, (rows, _) in zip(queries, exact):
         _, [candidates] = index.search(query[None], kind.candidates)
-        best, _ = kernel.rank(candidates[candidates >= 0], query, TOP_K, vectors.__getitem__)
+        best, _ = kernel.rank_plainly(candidates[candidates >= 0], query, TOP_K, vectors.__getitem__)
         found += len(np.intersect1d(best, rows))
     milliseconds = 1000 * (time.process_time() - started) / len(queries)
     return {

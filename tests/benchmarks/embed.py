@@ -149,7 +149,8 @@ def searcher(contender: str, vectors: np.ndarray, flags):
             (start, vectors[start : start + kernel.BLOCK]) for start in range(0, len(vectors), kernel.BLOCK)
         )
         return [
-            rows for rows, _ in kernel.search(blocks, queries, TOP_K, vectors_of=lambda rows: vectors[rows])
+            rows
+            for rows, _ in kernel.nearest_rows(blocks, queries, TOP_K, vectors_of=lambda rows: vectors[rows])
         ]
 
     return ours

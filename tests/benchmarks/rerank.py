@@ -80,7 +80,7 @@ def nearest_wrong(headlines: list[str], articles: list[str], runtime, args) -> n
     blocks = (
         (start, vectors[start : start + kernel.BLOCK]) for start in range(0, len(vectors), kernel.BLOCK)
     )
-    found = kernel.search(blocks, queries, NEAR + 1, vectors_of=lambda rows: vectors[rows])
+    found = kernel.nearest_rows(blocks, queries, NEAR + 1, vectors_of=lambda rows: vectors[rows])
     return np.array([[row for row in rows if row != own][:NEAR] for own, (rows, _) in enumerate(found)])
 
 

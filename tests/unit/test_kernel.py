@@ -30,7 +30,7 @@ def blocks(vectors, size):
 
 
 def search(vectors, queries, k, *, size=kernel.BLOCK, alive=None):
-    return kernel.search(
+    return kernel.nearest_rows(
         blocks(vectors, size), queries, k, vectors_of=lambda rows: vectors[rows], allowed=alive
     )
 
@@ -48,7 +48,9 @@ def test_ids_and_order_are_those_of_float64_brute_force(seed, size):
     for k in (1, 10, 70):
         for query, (rows, scores) in zip(queries, search(vectors, queries, k, size=size)):
             assert rows.tolist() == brute_force(vectors, query, k)
-            plain_rows, plain_scores = kernel.rank(np.arange(3000), query, k, lambda rows: vectors[rows])
+            plain_rows, plain_scores = kernel.rank_plainly(
+                np.arange(3000), query, k, lambda rows: vectors[rows]
+            )
             assert (rows == plain_rows).all() and (scores == plain_scores).all()
             assert np.all(np.diff(scores) <= 0)
 
@@ -63,7 +65,7 @@ def test_one_query_is_shared_out_among_threads(threads, monkeypatch):
     for query in unit(generator.standard_normal((5, 24))):
         [(rows, scores)] = search(vectors, query[None], 10, size=700, alive=alive)
         assert rows.tolist() == brute_force(vectors, query, 10, alive)
-        assert (scores == kernel.rank(rows, query, 10, lambda rows: vectors[rows])[1]).all()
+        assert (scores == kernel.rank_plainly(rows, query, 10, lambda rows: vectors[rows])[1]).all()
 
 
 @pytest.mark.parametrize("size", [1024, 1000])
