@@ -24,7 +24,7 @@ def model(tiny_model):
 
 def adapt(model, *flags):
     """Return the model as the script adapts it with these flags."""
-    return adaptation.adapt(model, config_of(*flags).model, RUNTIME)
+    return adaptation.adapt(model, config_of(*flags).model_config, RUNTIME)
 
 
 def forward_calls(model) -> int:
