@@ -103,7 +103,8 @@ def home(embed, tmp_path_factory) -> Path:
     for name in ("run-a", "run-b"):
         (home / name).mkdir()
         write_lines(home / name / "config.json", ['{"seed": 0}'])
-        write_lines(home / name / "metrics.json", ['{"test_accuracy": 0.5}'])
+        metrics = '{"test_accuracy": 0.5, "test_intervals": {}, "train_seconds": 12.3}'
+        write_lines(home / name / "metrics.json", [metrics])
         header = "row,true,predicted,confidence,score no,score yes,text"
         write_lines(
             home / name / "predictions.csv", [header, f"1,no,{'no' if name[-1] == 'a' else 'yes'},1,1,0,x"]
