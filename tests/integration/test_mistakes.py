@@ -559,7 +559,7 @@ for flags in json.loads(sys.argv[1]):
     for line in cache_lines:
         assert re.match(
             "train_classifier.py: error: (No space left on device|Not enough disk space); free some space, or"
-            " name .*--cache-dir",
+            " .*--cache-dir",
             line,
         )
     assert re.findall("code .*", done.stdout) == ["code 2 False"] * 4 and "epoch" not in done.stdout
